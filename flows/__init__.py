@@ -1,0 +1,1 @@
+"""The dataflow and its I/O: log, wire, queues, desk relay, replay."""

@@ -1,0 +1,1 @@
+"""Load generation: a seeded world of phones."""
