@@ -1,0 +1,133 @@
+"""The dataflow: one picture, one step a line.
+
+    log entries ──> decoded entries ──> pushes of a shard, entry by entry ──> push queues
+       source            decode                shard machine                     sink
+
+An item is a whole log entry (thousands of pings) keyed by its shard, never one phone. Order within a shard holds from
+source partition to sink partition. Nothing here raises on bad input: what cannot be decoded travels on as
+`Undecodable`, is counted, and still moves `done` forward. A broken invariant does raise, and stops the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import bytewax.operators as op
+from bytewax.dataflow import Dataflow
+from bytewax.inputs import FixedPartitionedSource
+from bytewax.operators import StatefulBatchLogic
+from bytewax.outputs import FixedPartitionedSink
+
+from flows.log import RawEntry
+from flows.wire import MalformedEntry, PingColumns, decode_entry, screen_pings
+from geoindex.columns import Push
+from geoindex.entries import LogEntry
+from geoindex.shard import ShardMachine
+
+
+def shard_key(shard: int) -> str:
+    """Bytewax's key of a shard, and the name of its partitions: `007`."""
+    return f"{shard:03d}"
+
+
+def shard_of_key(key: str) -> int:
+    return int(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """An entry that is not one: counted, set aside, passed over."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A log entry with its columns in place of its bytes."""
+
+    raw: RawEntry
+    content: LogEntry | PingColumns | Undecodable
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPushes:
+    """Everything that one log entry caused, in queue order; often nothing, but `done` moves all the same."""
+
+    raw: RawEntry
+    pushes: list[Push]
+    partners: tuple[str, ...]
+    """Names by partner index."""
+    notes: ShardNotes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardNotes:
+    """What happened besides pushes, for counters: pings refused by reason, and why the entry was set aside."""
+
+    pings_accepted: int = 0
+    pings_refused: dict[str, int] = field(default_factory=dict)
+    undecodable: str | None = None
+
+
+def decode(raw: RawEntry) -> Entry:
+    """Bytes to columns. Never raises."""
+    try:
+        return Entry(raw, decode_entry(raw.kind, raw.payload))
+    except MalformedEntry as malformed:
+        return Entry(raw, Undecodable(str(malformed)))
+
+
+class ShardLogic(StatefulBatchLogic[Entry, ShardPushes, None]):
+    """Bytewax's view of one shard machine. Its state is the log's, so there is nothing for Bytewax to store."""
+
+    def __init__(self, machine_of: Callable[[int], ShardMachine]) -> None:
+        self._machine_of = machine_of
+        self._machine: ShardMachine | None = None
+
+    def on_batch(self, values: list[Entry]) -> tuple[Iterable[ShardPushes], bool]:
+        if self._machine is None:
+            # Bytewax does not say which key it builds a logic for; the first entry does.
+            self._machine = self._machine_of(values[0].raw.shard)
+        machine = self._machine
+        return [step(machine, entry) for entry in values], StatefulBatchLogic.RETAIN
+
+    def snapshot(self) -> None:
+        return None
+
+
+def step(machine: ShardMachine, entry: Entry) -> ShardPushes:
+    """One entry through its shard's machine.
+
+    Raises SettingsRefused: a program that does not follow the log's settings must not go on.
+    """
+    raw, content = entry.raw, entry.content
+    if isinstance(content, Undecodable):
+        return ShardPushes(raw, [], (), ShardNotes(undecodable=content.reason))
+    refused: dict[str, int] = {}
+    if isinstance(content, PingColumns):
+        content, refused = screen_pings(content, len(machine.settings.partners))
+    counters = machine.counters
+    accepted_before, refused_before = counters.pings_accepted, dict(counters.pings_refused)
+    pushes = machine.apply(raw.ms, content)
+    for reason, count in counters.pings_refused.items():
+        if count != refused_before[reason]:
+            refused[reason] = count - refused_before[reason]
+    return ShardPushes(
+        raw, pushes, machine.settings.partners, ShardNotes(counters.pings_accepted - accepted_before, refused)
+    )
+
+
+def build_flow(
+    source: FixedPartitionedSource[tuple[str, RawEntry], Any],
+    sink: FixedPartitionedSink[ShardPushes, Any],
+    machine_of: Callable[[int], ShardMachine],
+) -> Dataflow:
+    """The flow from logs to queues. `machine_of(shard)`: the machine that a shard starts with."""
+    flow = Dataflow("tuanyuan")
+    raw_entries = op.input("log", flow, source)
+    entries = op.map_value("decode", raw_entries, decode)
+    pushes = op.stateful_batch("shard_machine", entries, lambda _nothing_stored: ShardLogic(machine_of))
+    op.output("queues", pushes, sink)
+    return flow

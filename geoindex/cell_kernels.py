@@ -1,0 +1,534 @@
+"""The loops behind `cells` and `rings`: from a coordinate to its H3 cell, and from a cell back to its centre.
+
+H3 lays a hexagonal lattice over the 20 faces of an icosahedron (gnomonic projection of each face, lattice refined by
+the square root of 7 and turned to and fro from one resolution to the next). How a point finds its cell:
+
+    lat, lng (1e-7 degree)                                              sin_cos_e7: no libm, the same bits everywhere
+      -> unit vector -> face: a guess from a coarse grid, walked across the edge that is violated
+      -> gnomonic plane of the face, in units of the resolution-7 lattice: (a, b) means a + b w, w = exp(120 deg i)
+      -> nearest lattice point: round three coordinates that must sum to 0, give up the worst
+      -> 7 steps to the parent, each leaving a digit:  (a, b) = (2 - w | 3 + w) * parent + unit
+         two such steps divide by 7 exactly: they go by remainders, through a table of 49
+      -> (face, lattice point of resolution 0, first digit that is not 0) -> base cell, turn of all digits
+
+Source: "H3's icosahedral gnomonic projection", https://h3geo.org/docs/core-library/overview and
+https://h3geo.org/docs/core-library/h3Indexing, in our own arithmetic; `cells.cell_tables` derives every number.
+
+Cells of one resolution are numbered densely: `base cell * 7^resolution + digits in base 7`. All integers are int64
+inside (Numba turns mixed signs into floats). Measured: see `docs/decisions` and the benchmark in `tests`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from geoindex.columns import F64, I32, U8, U16, U32, U64
+from geoindex.numba_typing import inline_kernel, kernel
+
+EARTH_RADIUS_M = 6_371_008.8
+"""H3's sphere (mean radius of WGS-84), https://h3geo.org/docs/core-library/restable."""
+
+CELL_RESOLUTION = 7
+ZONE_RESOLUTION = 5
+BASE_CELL_COUNT = 122
+FACE_COUNT = 20
+CELLS_PER_BASE = 7**CELL_RESOLUTION
+CELLS_PER_ZONE = 7 ** (CELL_RESOLUTION - ZONE_RESOLUTION)
+CELL_INDEX_COUNT = BASE_CELL_COUNT * CELLS_PER_BASE
+"""Number of cell indices (100,472,554), 12 gaps for the wedges that pentagons lack included."""
+ZONE_INDEX_COUNT = CELL_INDEX_COUNT // CELLS_PER_ZONE
+assert CELL_INDEX_COUNT < 1 << 32
+
+UNIT_RES0 = 0.38196601125010515
+"""Distance of neighbouring lattice points of resolution 0 in the gnomonic plane: half of centre to vertex, (3 - sqrt 5) / 2."""
+UNIT_RES7 = UNIT_RES0 / math.sqrt(7.0) ** 7
+
+# Columns of a row of `CellTables.planes`.
+CENTER, ROW_A, ROW_B, EDGE_0, EDGE_1, EDGE_2, STEP_A, STEP_B, PLANE_COLUMNS = 0, 3, 6, 9, 12, 15, 18, 21, 24
+
+HINT_SHIFT = 24
+"""The grid of guesses has squares of 2^24 units = 1.68 degrees: 5 of 6 points guess right, the grid stays in L1."""
+HINT_ROWS = (1_800_000_000 >> HINT_SHIFT) + 1
+HINT_COLUMNS = (3_600_000_000 >> HINT_SHIFT) + 1
+
+POSITION_COUNT = 25
+"""Lattice points of resolution 0 around a face: a and b within -2..2."""
+CANDIDATE_COUNT = 8
+"""Most (face, position, turn) that one base cell and leading digit has."""
+
+LAT_E7_RIGHT_ANGLE = 900_000_000
+RADIANS_PER_E7 = math.pi / 1_800_000_000.0
+
+# Adding and subtracting 1.5 * 2^52 rounds a double to the nearest integer (ties to even): two additions, no call.
+_ROUND = 6755399441055744.0
+
+CLEARANCE_SHARE = 1.0 - 1e-6
+CLEARANCE_SHAVED_M = 0.01
+"""What rounding could have added to a clearance is far below these (1e-9 m); they keep the bound a bound."""
+
+
+class CellTables(NamedTuple):
+    """Everything the kernels know about H3, derived once by `cells.cell_tables`. Pass it on, never change it.
+
+    planes      f64[20, 24]       per face: centre c; rows A and B with a = A.v / c.v, b = B.v / c.v (resolution-7
+                                  lattice); inward unit normals of its three edges; steps p and q with
+                                  a p + b q + c in the direction of lattice point (a, b)
+    neighbours  u8[20, 3]         face across each edge
+    face_hint   u8[108, 215]      face at the middle of each square of the grid
+    canonical   u16[20 * 25 * 8]  base cell * 6 + turn, at (face * 25 + (a + 2) * 5 + (b + 2)) * 8 + leading digit
+    pairs       u16[49]           two digits | shift of a << 6 | shift of b << 8, at (a mod 7) * 7 + (b mod 7)
+    turned      u8[6 * 49]        two digits after a turn by 60 degrees ccw, at turn * 49 + digits
+    home        i8[122, 7, 8, 4]  (face, a, b, turn) that lead to a base cell and leading digit; face -1: no more
+    pentagon    u8[122]           1: the base cell is a pentagon, and no cell of it has leading digit 1
+    """
+
+    planes: F64
+    neighbours: U8
+    face_hint: U8
+    canonical: U16
+    pairs: U16
+    turned: U8
+    home: npt.NDArray[np.int8]
+    pentagon: U8
+
+
+@inline_kernel
+def signed(value: Any) -> int:
+    """Any integer as int64. (Numba's `int` keeps unsigned integers unsigned, and unsigned with signed makes a float.)"""
+    return np.int64(value)  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------- angles and vectors
+
+
+@inline_kernel
+def sin_cos(x: float) -> tuple[float, float]:
+    """Sine and cosine of `x` radians, |x| <= pi/4 (a little beyond does no harm), to about 1 ulp.
+
+    Taylor series: the first term left out is below 5e-17 there. Summed in pairs (Estrin), which shortens the chain.
+    """
+    z = x * x
+    z2 = z * z
+    z4 = z2 * z2
+    sine = (
+        (-1.0 / 6.0 + z * (1.0 / 120.0))
+        + z2 * (-1.0 / 5040.0 + z * (1.0 / 362880.0))
+        + z4 * ((-1.0 / 39916800.0 + z * (1.0 / 6227020800.0)) + z2 * (-1.0 / 1307674368000.0))
+    )
+    cosine = (
+        (1.0 / 24.0 + z * (-1.0 / 720.0))
+        + z2 * (1.0 / 40320.0 + z * (-1.0 / 3628800.0))
+        + z4 * ((1.0 / 479001600.0 + z * (-1.0 / 87178291200.0)) + z2 * (1.0 / 20922789888000.0))
+    )
+    return x + x * (z * sine), (1.0 - 0.5 * z) + z2 * cosine
+
+
+@inline_kernel
+def sin_cos_quarters(quarters: int, x: float) -> tuple[float, float]:
+    """Sine and cosine of `quarters` right angles plus `x` radians, |x| <= pi/4."""
+    s, c = sin_cos(x)
+    sine = c if quarters & 1 else s
+    cosine = s if quarters & 1 else c
+    return (-sine if quarters & 2 else sine), (-cosine if (quarters + 1) & 2 else cosine)
+
+
+@inline_kernel
+def unit_vector_e7(lat_e7: int, lng_e7: int) -> tuple[float, float, float]:
+    """Unit vector of a point in 1e-7 degree. Whole right angles are taken off as integers, so nothing is lost."""
+    lat_quarters = int(math.floor(lat_e7 * (1.0 / LAT_E7_RIGHT_ANGLE) + 0.5))
+    lng_quarters = int(math.floor(lng_e7 * (1.0 / LAT_E7_RIGHT_ANGLE) + 0.5))
+    lat_sin, lat_cos = sin_cos_quarters(lat_quarters, (lat_e7 - lat_quarters * LAT_E7_RIGHT_ANGLE) * RADIANS_PER_E7)
+    lng_sin, lng_cos = sin_cos_quarters(lng_quarters, (lng_e7 - lng_quarters * LAT_E7_RIGHT_ANGLE) * RADIANS_PER_E7)
+    return lat_cos * lng_cos, lat_cos * lng_sin, lat_sin
+
+
+@kernel
+def unit_vector_degrees(lat: float, lng: float) -> tuple[float, float, float]:
+    """As `unit_vector_e7`, from float64 degrees: taking off whole right angles is exact here too."""
+    lat_quarters = int(math.floor(lat / 90.0 + 0.5))
+    lng_quarters = int(math.floor(lng / 90.0 + 0.5))
+    lat_sin, lat_cos = sin_cos_quarters(lat_quarters, (lat - lat_quarters * 90.0) * (math.pi / 180.0))
+    lng_sin, lng_cos = sin_cos_quarters(lng_quarters, (lng - lng_quarters * 90.0) * (math.pi / 180.0))
+    return lat_cos * lng_cos, lat_cos * lng_sin, lat_sin
+
+
+# ---------------------------------------------------------------- point -> cell
+
+
+@inline_kernel
+def find_face(
+    lat_e7: int, lng_e7: int, x: float, y: float, z: float, tables: CellTables
+) -> tuple[int, float]:
+    """The face whose centre is nearest, and the sine of the distance to its nearest edge (from inside).
+
+    Edge normals of two neighbours are each other's exact negatives, so a point on an edge is taken by both and the
+    walk cannot swing between them; the step count only guards the twelve vertices.
+    """
+    planes = tables.planes
+    face = signed(tables.face_hint[(lat_e7 + 900_000_000) >> HINT_SHIFT, (lng_e7 + 1_800_000_000) >> HINT_SHIFT])
+    border = 0.0
+    for _ in range(8):
+        edge_0 = x * planes[face, EDGE_0] + y * planes[face, EDGE_0 + 1] + z * planes[face, EDGE_0 + 2]
+        edge_1 = x * planes[face, EDGE_1] + y * planes[face, EDGE_1 + 1] + z * planes[face, EDGE_1 + 2]
+        edge_2 = x * planes[face, EDGE_2] + y * planes[face, EDGE_2 + 1] + z * planes[face, EDGE_2 + 2]
+        border = min(edge_0, min(edge_1, edge_2))
+        if border >= 0.0:
+            break
+        if edge_0 == border:
+            face = signed(tables.neighbours[face, 0])
+        elif edge_1 == border:
+            face = signed(tables.neighbours[face, 1])
+        else:
+            face = signed(tables.neighbours[face, 2])
+    return face, border
+
+
+@inline_kernel
+def nearest_lattice_point(a: float, b: float) -> tuple[int, int, float]:
+    """Lattice point (a, b) nearest to a + b w, and the distance to the border of its hexagon, in lattice units.
+
+    With q = a, r = b - a, s = -b (sum 0) the six neighbours differ by 1 in two of the three, and the projection on a
+    neighbour's direction is half the difference of the two; the border lies where it reaches a half.
+    """
+    r = b - a
+    q_round = (a + _ROUND) - _ROUND
+    r_round = (r + _ROUND) - _ROUND
+    b_round = (b + _ROUND) - _ROUND
+    q_off = abs(a - q_round)
+    r_off = abs(r - r_round)
+    b_off = abs(b - b_round)
+    q_worst = q_off > r_off and q_off > b_off
+    b_worst = not q_worst and b_off > r_off
+    a_nearest = b_round - r_round if q_worst else q_round
+    b_nearest = q_round + r_round if b_worst else b_round
+    q_rest = a - a_nearest
+    s_rest = b_nearest - b
+    r_rest = -q_rest - s_rest
+    reach = max(abs(q_rest - r_rest), max(abs(r_rest - s_rest), abs(s_rest - q_rest)))
+    return int(a_nearest), int(b_nearest), 0.5 - 0.5 * reach
+
+
+@inline_kernel
+def lattice_digits(a: int, b: int, tables: CellTables) -> tuple[int, int, int, int, int]:
+    """Seven steps up from resolution 7: position of resolution 0 (0..24), digits 1-2, 3-4, 5-6 (0..48) and 7 (0..6).
+
+    The step 7 -> 6 divides by 2 - w, rounding each coordinate (its remainders are within 3/7). The others go in pairs:
+    (3 + w)(2 - w) = 7. 1372 = 4 * 343 keeps everything positive, and 599187 / 2^22 divides by 7 below 800,000.
+    """
+    pairs = tables.pairs
+    parent_a = ((3 * a - b + 3 + 9604) * 599187 >> 22) - 1372
+    parent_b = ((a + 2 * b + 3 + 9604) * 599187 >> 22) - 1372
+    unit_a = a - (2 * parent_a + parent_b)
+    unit_b = b - (3 * parent_b - parent_a)
+    # Digit of unit (a, b), a and b within -1..1, at 4 * (3 a + b + 4) bits.
+    digit_7 = (0x640205031 >> (4 * (3 * unit_a + unit_b + 4))) & 7
+    a = parent_a + 1372
+    b = parent_b + 1372
+    a_up = a * 599187 >> 22
+    b_up = b * 599187 >> 22
+    entry = signed(pairs[(a - 7 * a_up) * 7 + (b - 7 * b_up)])
+    digits_56 = entry & 63
+    a = a_up + (entry >> 6 & 3) - 1
+    b = b_up + (entry >> 8) - 1
+    a_up = a * 599187 >> 22
+    b_up = b * 599187 >> 22
+    entry = signed(pairs[(a - 7 * a_up) * 7 + (b - 7 * b_up)])
+    digits_34 = entry & 63
+    a = a_up + (entry >> 6 & 3) - 1
+    b = b_up + (entry >> 8) - 1
+    a_up = a * 599187 >> 22
+    b_up = b * 599187 >> 22
+    entry = signed(pairs[(a - 7 * a_up) * 7 + (b - 7 * b_up)])
+    digits_12 = entry & 63
+    a = a_up + (entry >> 6 & 3) - 1
+    b = b_up + (entry >> 8) - 1
+    return (a - 2) * 5 + (b - 2), digits_12, digits_34, digits_56, digit_7
+
+
+@inline_kernel
+def leading_digit(digits_12: int, digits_34: int, digits_56: int, digit_7: int) -> int:
+    """First digit that is not 0; 0 if there is none."""
+    two = digits_12 if digits_12 else (digits_34 if digits_34 else digits_56)
+    high = two * 37 >> 8
+    return (high if high else two) if two else digit_7
+
+
+@inline_kernel
+def locate(lat_e7: int, lng_e7: int, tables: CellTables) -> tuple[int, float, float, float, float]:
+    """Cell of a point and how far away the next cell is: (cell_index, x, y, z, clearance_m).
+
+    lat_e7, lng_e7: 1e-7 degree, within +-90 and +-180 degrees (not checked). (x, y, z): the unit vector.
+    clearance_m: a lower bound of the great-circle distance to any point that has another cell of resolution 7; 0 if
+    that is a centimetre or less.
+
+    Why it is a bound: a path of length s (radians) that starts at angle t from the face's centre and stays on the
+    face moves by at most s / cos^2(t + s) in the gnomonic plane, and cos^2(t + s) >= cos^2 t - s. So with d the
+    planar distance to the hexagon's border, s = d (cos^2 t - d) cannot leave the hexagon. Beyond the face's edge
+    another lattice holds, so the distance to that edge is a bound too.
+    """
+    planes = tables.planes
+    x, y, z = unit_vector_e7(lat_e7, lng_e7)
+    face, border = find_face(lat_e7, lng_e7, x, y, z, tables)
+    cosine = x * planes[face, CENTER] + y * planes[face, CENTER + 1] + z * planes[face, CENTER + 2]
+    stretch = 1.0 / cosine
+    lattice_a = (x * planes[face, ROW_A] + y * planes[face, ROW_A + 1] + z * planes[face, ROW_A + 2]) * stretch
+    lattice_b = (x * planes[face, ROW_B] + y * planes[face, ROW_B + 1] + z * planes[face, ROW_B + 2]) * stretch
+    a, b, hexagon_border = nearest_lattice_point(lattice_a, lattice_b)
+    position, digits_12, digits_34, digits_56, digit_7 = lattice_digits(a, b, tables)
+    leading = leading_digit(digits_12, digits_34, digits_56, digit_7)
+    entry = signed(tables.canonical[(face * POSITION_COUNT + position) * 8 + leading])
+    base_cell = entry // 6
+    turned = tables.turned
+    row = (entry - 6 * base_cell) * 49
+    digits = (signed(turned[row + digits_12]) * 49 + signed(turned[row + digits_34])) * 49 + signed(turned[row + digits_56])
+    cell_index = base_cell * CELLS_PER_BASE + digits * 7 + signed(turned[row + digit_7])
+    planar = hexagon_border * UNIT_RES7
+    angle = min(planar * (cosine * cosine - planar), border)
+    clearance_m = max(0.0, angle * (EARTH_RADIUS_M * CLEARANCE_SHARE) - CLEARANCE_SHAVED_M)
+    return cell_index, x, y, z, clearance_m
+
+
+@kernel
+def locate_points(lat_e7: I32, lng_e7: I32, tables: CellTables, cell: U32) -> None:
+    """`lat_e7`, `lng_e7` i32[n] -> `cell` u32[n]."""
+    for i in range(len(lat_e7)):
+        cell[i] = locate(lat_e7[i], lng_e7[i], tables)[0]
+
+
+@kernel
+def locate_points_fully(
+    lat_e7: I32, lng_e7: I32, tables: CellTables, cell: U32, unit_vector: F64, clearance_m: F64
+) -> None:
+    """`lat_e7`, `lng_e7` i32[n] -> `cell` u32[n], `unit_vector` f64[n, 3], `clearance_m` f64[n]."""
+    for i in range(len(lat_e7)):
+        index, x, y, z, clearance = locate(lat_e7[i], lng_e7[i], tables)
+        cell[i] = index
+        unit_vector[i, 0] = x
+        unit_vector[i, 1] = y
+        unit_vector[i, 2] = z
+        clearance_m[i] = clearance
+
+
+@kernel
+def raw_positions(
+    lattice_a: F64, lattice_b: F64, tables: CellTables, position: I32, leading: I32, depth: F64
+) -> None:
+    """Resolution-7 lattice coordinates f64[n] -> position, leading digit i32[n] and distance to the hexagon's border."""
+    for i in range(len(lattice_a)):
+        a, b, border = nearest_lattice_point(lattice_a[i], lattice_b[i])
+        found, digits_12, digits_34, digits_56, digit_7 = lattice_digits(a, b, tables)
+        position[i] = found
+        leading[i] = leading_digit(digits_12, digits_34, digits_56, digit_7)
+        depth[i] = border
+
+
+# ---------------------------------------------------------------- H3's own numbers
+
+_H3_MODE_CELL = 1 << 59
+
+
+@kernel
+def format_h3(dense: U32, resolution: int, tables: CellTables, h3_index: U64) -> int:
+    """Dense indices u32[n] of `resolution` -> H3 indices u64[n]. Returns the first row that names no cell, or -1.
+
+    Bits of an H3 index: mode 1 (59..62), resolution (52..55), base cell (45..51), 15 digits of 3 bits, unused ones 7.
+    https://h3geo.org/docs/core-library/h3Indexing
+    """
+    blank = _H3_MODE_CELL | resolution << 52 | ((1 << 3 * (15 - resolution)) - 1)
+    for i in range(len(dense)):
+        rest = signed(dense[i])
+        bits = blank
+        leading = 0
+        for level in range(resolution, 0, -1):
+            digit = rest % 7
+            rest //= 7
+            bits |= digit << 3 * (15 - level)
+            leading = digit if digit else leading
+        if rest >= BASE_CELL_COUNT or (leading == 1 and tables.pentagon[rest]):
+            return i
+        h3_index[i] = bits | rest << 45
+    return -1
+
+
+@kernel
+def parse_h3(h3_index: U64, resolution: int, tables: CellTables, dense: U32) -> int:
+    """H3 indices u64[n] -> dense indices u32[n] of `resolution`. Returns the first row that is no such cell, or -1."""
+    blank = (1 << 3 * (15 - resolution)) - 1
+    header = 1 << 7 | resolution
+    for i in range(len(h3_index)):
+        bits = signed(h3_index[i])
+        base_cell = bits >> 45 & 127
+        if bits >> 52 != header or bits & blank != blank or base_cell >= BASE_CELL_COUNT:
+            return i
+        index = base_cell
+        leading = 0
+        for level in range(1, resolution + 1):
+            digit = bits >> 3 * (15 - level) & 7
+            if digit == 7:
+                return i
+            index = index * 7 + digit
+            leading = leading if leading else digit
+        if leading == 1 and tables.pentagon[base_cell]:
+            return i
+        dense[i] = index
+    return -1
+
+
+# ---------------------------------------------------------------- cell -> centre
+
+
+@inline_kernel
+def cell_center(dense: int, resolution: int, tables: CellTables) -> tuple[float, float, float, float]:
+    """Centre of a cell: its unit vector, and its distance from the face's centre in the gnomonic plane.
+
+    The lattice path from the base cell down is walked on every face the base cell touches, and the face on which it
+    ends most inside is the one that holds the centre. Unused digits of a pentagon give no answer (0, 0, 0, -1).
+    """
+    planes = tables.planes
+    home = tables.home
+    size = 7**resolution
+    base_cell = dense // size
+    digits = dense - base_cell * size
+    leading = 0
+    rest = digits
+    for _ in range(resolution):
+        digit = rest % 7
+        rest //= 7
+        leading = digit if digit else leading
+    best_x, best_y, best_z, best_border, best_radius = 0.0, 0.0, 0.0, -9.0, -1.0
+    for candidate in range(CANDIDATE_COUNT):
+        face = signed(home[base_cell, leading, candidate, 0])
+        if face < 0:
+            break
+        a = signed(home[base_cell, leading, candidate, 1])
+        b = signed(home[base_cell, leading, candidate, 2])
+        row = (6 - signed(home[base_cell, leading, candidate, 3])) % 6 * 49
+        divisor = size
+        for level in range(1, CELL_RESOLUTION + 1):
+            digit = 0
+            if level <= resolution:
+                divisor //= 7
+                digit = signed(tables.turned[row + digits // divisor % 7])
+            # A digit's unit (a, b), plus 1, four bits a digit.
+            unit_a = (0x2120101 >> 4 * digit & 15) - 1
+            unit_b = (0x2011201 >> 4 * digit & 15) - 1
+            if level & 1:
+                a, b = 2 * a + b + unit_a, 3 * b - a + unit_b
+            else:
+                a, b = 3 * a - b + unit_a, a + 2 * b + unit_b
+        x = planes[face, CENTER] + a * planes[face, STEP_A] + b * planes[face, STEP_B]
+        y = planes[face, CENTER + 1] + a * planes[face, STEP_A + 1] + b * planes[face, STEP_B + 1]
+        z = planes[face, CENTER + 2] + a * planes[face, STEP_A + 2] + b * planes[face, STEP_B + 2]
+        radius = math.sqrt(float(a * a - a * b + b * b)) * UNIT_RES7
+        shrink = 1.0 / math.sqrt(1.0 + radius * radius)
+        x, y, z = x * shrink, y * shrink, z * shrink
+        edge_0 = x * planes[face, EDGE_0] + y * planes[face, EDGE_0 + 1] + z * planes[face, EDGE_0 + 2]
+        edge_1 = x * planes[face, EDGE_1] + y * planes[face, EDGE_1 + 1] + z * planes[face, EDGE_1 + 2]
+        edge_2 = x * planes[face, EDGE_2] + y * planes[face, EDGE_2 + 1] + z * planes[face, EDGE_2 + 2]
+        border = min(edge_0, min(edge_1, edge_2))
+        if border > best_border:
+            best_x, best_y, best_z, best_border, best_radius = x, y, z, border, radius
+    return best_x, best_y, best_z, best_radius
+
+
+@kernel
+def cell_centers(dense: U32, resolution: int, tables: CellTables, unit_vector: F64, reach: F64) -> None:
+    """Dense indices u32[n] of `resolution` -> centres f64[n, 3] and reach f64[n] in radians (-1: no such cell)."""
+    for i in range(len(dense)):
+        x, y, z, radius = cell_center(signed(dense[i]), resolution, tables)
+        unit_vector[i, 0] = x
+        unit_vector[i, 1] = y
+        unit_vector[i, 2] = z
+        reach[i] = cell_reach(radius, resolution) if radius >= 0.0 else -1.0
+
+
+# ---------------------------------------------------------------- cover of a circle
+
+
+def _planar_reach(resolution: int) -> float:
+    """Radius in the gnomonic plane around a cell's centre that holds all its descendants of resolution 7, overhang too.
+
+    A child's centre lies one unit of its own lattice from its parent's, each lattice is finer by sqrt 7, and at the end
+    stands a hexagon of circumradius 1 / sqrt 3: a sum of lengths, so a bound whichever way the steps turn.
+    """
+    steps = sum(math.sqrt(7.0) ** -level for level in range(resolution + 1, CELL_RESOLUTION + 1))
+    return UNIT_RES0 * (steps + math.sqrt(7.0) ** -CELL_RESOLUTION / math.sqrt(3.0))
+
+
+_PLANAR_REACH = np.array([_planar_reach(resolution) for resolution in range(CELL_RESOLUTION + 1)])
+
+_REACH_MARGIN_RAD = 1e-8
+"""6 cm: far more than rounding in centres, distances and arcsines."""
+
+
+@inline_kernel
+def cell_reach(radius: float, resolution: int) -> float:
+    """Upper bound (radians) of the distance from a cell's centre to any point of any of its resolution-7 descendants.
+
+    radius: the centre's distance from its face's centre in the gnomonic plane. A line of length d in that plane that
+    stays beyond t from the face's centre is at most d cos(atan t) long on the sphere. On the next face the same
+    holds: mirrored in the edge, the cell's centre is no nearer to that face's centre than to its own.
+    """
+    planar = _PLANAR_REACH[resolution]
+    nearest = max(0.0, radius - planar)
+    return planar / math.sqrt(1.0 + nearest * nearest) + _REACH_MARGIN_RAD
+
+
+@kernel
+def cover_circle(
+    x: float, y: float, z: float, radius_rad: float, tables: CellTables, inside: U32, edge: U32
+) -> tuple[int, int]:
+    """Zones that meet the circle around unit vector (x, y, z), as ranges; returns how many of each were written.
+
+    `inside` u32[n, 2], `edge` u32[m, 2]: half-open, rising, adjacent ones merged. A count equal to the capacity means
+    that the ranges may not have fitted.
+
+    Goes down from the base cells in the order of indices: a cell wholly inside is one range of zones, one wholly
+    outside is passed over, and what is still undecided at the zones' resolution is edge.
+    """
+    inside_count, edge_count = 0, 0
+    stack_cell = np.empty(64, dtype=np.int64)
+    stack_resolution = np.empty(64, dtype=np.int64)
+    for base_cell in range(BASE_CELL_COUNT):
+        stack_cell[0] = base_cell
+        stack_resolution[0] = 0
+        height = 1
+        while height > 0:
+            height -= 1
+            cell = stack_cell[height]
+            resolution = stack_resolution[height]
+            center_x, center_y, center_z, plane_radius = cell_center(cell, resolution, tables)
+            if plane_radius < 0.0:
+                continue
+            reach = cell_reach(plane_radius, resolution)
+            chord = math.sqrt((center_x - x) ** 2 + (center_y - y) ** 2 + (center_z - z) ** 2)
+            distance = 2.0 * math.asin(min(1.0, 0.5 * chord))
+            if distance - reach > radius_rad:
+                continue
+            is_inside = distance + reach <= radius_rad
+            if not is_inside and resolution < ZONE_RESOLUTION:
+                for digit in range(6, -1, -1):
+                    stack_cell[height] = cell * 7 + digit
+                    stack_resolution[height] = resolution + 1
+                    height += 1
+                continue
+            size = 7 ** (ZONE_RESOLUTION - resolution)
+            start, stop = cell * size, (cell + 1) * size
+            if is_inside:
+                if inside_count > 0 and inside[inside_count - 1, 1] == start:
+                    inside[inside_count - 1, 1] = stop
+                elif inside_count < len(inside):
+                    inside[inside_count, 0] = start
+                    inside[inside_count, 1] = stop
+                    inside_count += 1
+            elif edge_count > 0 and edge[edge_count - 1, 1] == start:
+                edge[edge_count - 1, 1] = stop
+            elif edge_count < len(edge):
+                edge[edge_count, 0] = start
+                edge[edge_count, 1] = stop
+                edge_count += 1
+    return inside_count, edge_count

@@ -1,0 +1,323 @@
+"""Loops over the device table: find, insert, wipe, free, gather.
+
+    index      u32[slots]     0: empty; else 5-bit tag << 27 | row + 1. Linear probing from scaled(fingerprint, slots)
+    records    RECORD[rows]   one cache line a device; `id_length` 0: the row is free
+    cell       u32[rows]      dense cell number, NO_CELL where there is no location
+    told       u64[words, rows]
+    heap       u8             what exceeds 12 bytes of each id, in units of 4 bytes, with a free list a size
+    free_rows  u32            stack of freed rows, `counts[FREE]` of them
+    counts     i64            see the indices below
+
+The layout of `index` and `heap` changes no output; which row a device has does (pushes go out in row order), so
+rows are given and freed only where the log says so.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from geoindex.columns import I64, U8, U32, U64
+from geoindex.kernels import scaled
+from geoindex.numba_typing import inline_kernel, kernel, prefetch
+
+HEAD_BYTES = 12
+"""Bytes of an id kept in its record."""
+TAIL_UNIT_BYTES = 4
+TAIL_UNITS_MAX = 13
+
+RECORD = np.dtype(
+    [
+        ("fingerprint_a", "<u8"),
+        ("fingerprint_b", "<u8"),
+        ("observed_at_ms", "<i8"),
+        ("lat_e7", "<i4"),
+        ("lng_e7", "<i4"),
+        ("anchor_lat_e7", "<i4"),
+        ("anchor_lng_e7", "<i4"),
+        ("stay_lat", "<u2"),
+        ("stay_lng", "<u2"),
+        ("partner", "<u2"),
+        ("id_length", "u1"),
+        ("spare", "u1"),
+        ("tail", "<u4"),
+        ("head", "u1", (HEAD_BYTES,)),
+    ],
+    align=False,
+)
+assert RECORD.itemsize == 64, "a record is one cache line"
+
+NO_TIME = np.iinfo(np.int64).min
+"""`observed_at_ms` of a device without a location."""
+NO_CELL = np.uint32(0xFFFFFFFF)
+
+TAG_SHIFT = 27
+ROWS_MAX = (1 << TAG_SHIFT) - 1
+ROW_MASK = ROWS_MAX
+TAG_MASK = (1 << (32 - TAG_SHIFT)) - 1
+
+# Indices into `counts`.
+ROWS = 0  # rows ever given: the scans' end
+FREE = 1  # of them, free again
+LOCATED = 2  # devices with a location
+HEAP_UNITS = 3  # units of `heap` ever given
+FREE_TAIL = 4  # + units: head of that size's free list (unit + 1; 0: none)
+COUNTS = FREE_TAIL + TAIL_UNITS_MAX + 1
+
+Records = npt.NDArray[np.void]
+
+
+class DeviceColumns(NamedTuple):
+    """The arrays of one shard's device table, as kernels take them."""
+
+    index: U32
+    records: Records
+    cell: U32
+    told: U64
+    heap: U8
+    free_rows: U32
+    counts: I64
+
+
+@inline_kernel
+def find(index: U32, records: Records, a: np.uint64, b: np.uint64) -> np.int64:
+    """Row of the device with fingerprint (a, b), or -1."""
+    slots = len(index)
+    slot = scaled(a, np.uint64(slots))
+    tag = a & np.uint64(TAG_MASK)
+    while True:
+        entry = index[slot]
+        if entry == 0:
+            return np.int64(-1)
+        if np.uint64(entry >> TAG_SHIFT) == tag:
+            row = np.int64(entry & ROW_MASK) - 1
+            if records[row].fingerprint_a == a and records[row].fingerprint_b == b:
+                return row
+        slot += 1
+        if slot == slots:
+            slot = 0
+
+
+@inline_kernel
+def candidate(index: U32, a: np.uint64) -> np.int64:
+    """The first row whose tag fits, or -1: a guess good enough to prefetch by, without touching a record."""
+    slots = len(index)
+    slot = scaled(a, np.uint64(slots))
+    tag = a & np.uint64(TAG_MASK)
+    while True:
+        entry = index[slot]
+        if entry == 0:
+            return np.int64(-1)
+        if np.uint64(entry >> TAG_SHIFT) == tag:
+            return np.int64(entry & ROW_MASK) - 1
+        slot += 1
+        if slot == slots:
+            slot = 0
+
+
+@inline_kernel
+def place(index: U32, a: np.uint64, row: int) -> None:
+    """Write the index entry of a row that is not in it. There is always an empty slot."""
+    slots = len(index)
+    slot = scaled(a, np.uint64(slots))
+    while index[slot] != 0:
+        slot += 1
+        if slot == slots:
+            slot = 0
+    index[slot] = np.uint32((a & np.uint64(TAG_MASK)) << np.uint64(TAG_SHIFT)) | np.uint32(row + 1)
+
+
+@kernel
+def place_all(index: U32, records: Records, counts: I64) -> None:
+    """Fill an empty index from the records."""
+    for row in range(counts[ROWS]):
+        if records[row].id_length != 0:
+            place(index, records[row].fingerprint_a, row)
+
+
+@inline_kernel
+def unplace(index: U32, records: Records, a: np.uint64, row: int) -> None:
+    """Remove a row's index entry, closing the gap by shifting back (Knuth, TAOCP 3, 6.4, algorithm R)."""
+    slots = len(index)
+    slot = scaled(a, np.uint64(slots))
+    while np.int64(index[slot] & ROW_MASK) != row + 1:
+        slot += 1
+        if slot == slots:
+            slot = 0
+    gap = slot
+    while True:
+        slot += 1
+        if slot == slots:
+            slot = 0
+        entry = index[slot]
+        if entry == 0:
+            break
+        home = scaled(records[np.int64(entry & ROW_MASK) - 1].fingerprint_a, np.uint64(slots))
+        # The entry may move back to the gap unless its home lies (cyclically) between the gap and itself.
+        between = (gap < home <= slot) if gap < slot else (home > gap or home <= slot)
+        if not between:
+            index[gap] = entry
+            gap = slot
+    index[gap] = 0
+
+
+@inline_kernel
+def insert(
+    table: DeviceColumns, a: np.uint64, b: np.uint64, partner: np.uint16, id_bytes: U8, start: int, stop: int
+) -> np.int64:
+    """Give a row to a device that has none. The caller has made sure of room in every array."""
+    counts, heap = table.counts, table.heap
+    if counts[FREE] > 0:
+        counts[FREE] -= 1
+        row = np.int64(table.free_rows[counts[FREE]])
+    else:
+        row = counts[ROWS]
+        counts[ROWS] += 1
+    record = table.records[row]
+    length = stop - start
+    record.fingerprint_a = a
+    record.fingerprint_b = b
+    record.observed_at_ms = NO_TIME
+    record.lat_e7 = 0
+    record.lng_e7 = 0
+    record.anchor_lat_e7 = 0
+    record.anchor_lng_e7 = 0
+    record.stay_lat = 0
+    record.stay_lng = 0
+    record.partner = partner
+    record.id_length = length
+    record.tail = 0
+    for offset in range(min(length, HEAD_BYTES)):
+        record.head[offset] = id_bytes[start + offset]
+    if length > HEAD_BYTES:
+        units = (length - HEAD_BYTES + TAIL_UNIT_BYTES - 1) // TAIL_UNIT_BYTES
+        unit = counts[FREE_TAIL + units] - 1
+        if unit >= 0:
+            byte = unit * TAIL_UNIT_BYTES
+            counts[FREE_TAIL + units] = (
+                np.int64(heap[byte])
+                | np.int64(heap[byte + 1]) << 8
+                | np.int64(heap[byte + 2]) << 16
+                | np.int64(heap[byte + 3]) << 24
+            )
+        else:
+            unit = counts[HEAP_UNITS]
+            counts[HEAP_UNITS] += units
+            byte = unit * TAIL_UNIT_BYTES
+        record.tail = unit
+        for offset in range(length - HEAD_BYTES):
+            heap[byte + offset] = id_bytes[start + HEAD_BYTES + offset]
+    table.cell[row] = NO_CELL
+    place(table.index, a, row)
+    return row
+
+
+@inline_kernel
+def free(table: DeviceColumns, row: int) -> None:
+    """Take a device out: its id is overwritten, its row goes onto the stack."""
+    counts, heap = table.counts, table.heap
+    record = table.records[row]
+    unplace(table.index, table.records, record.fingerprint_a, row)
+    length = np.int64(record.id_length)
+    if length > HEAD_BYTES:
+        units = (length - HEAD_BYTES + TAIL_UNIT_BYTES - 1) // TAIL_UNIT_BYTES
+        unit = np.int64(record.tail)
+        byte = unit * TAIL_UNIT_BYTES
+        following = counts[FREE_TAIL + units]
+        for offset in range(units * TAIL_UNIT_BYTES):
+            heap[byte + offset] = np.uint8((following >> (8 * offset)) & 0xFF) if offset < TAIL_UNIT_BYTES else 0
+        counts[FREE_TAIL + units] = unit + 1
+    for offset in range(HEAD_BYTES):
+        record.head[offset] = 0
+    record.fingerprint_a = 0
+    record.fingerprint_b = 0
+    record.partner = 0
+    record.id_length = 0
+    record.tail = 0
+    table.free_rows[counts[FREE]] = row
+    counts[FREE] += 1
+
+
+@kernel
+def sweep(table: DeviceColumns, expired_before_ms: int) -> None:
+    """Wipe every location observed before that time, and free each device that no open alert has told."""
+    words = table.told.shape[0]
+    counts = table.counts
+    for row in range(counts[ROWS]):
+        record = table.records[row]
+        if record.id_length == 0:
+            continue
+        if record.observed_at_ms != NO_TIME:
+            if record.observed_at_ms >= expired_before_ms:
+                continue
+            record.observed_at_ms = NO_TIME
+            record.lat_e7 = 0
+            record.lng_e7 = 0
+            record.anchor_lat_e7 = 0
+            record.anchor_lng_e7 = 0
+            record.stay_lat = 0
+            record.stay_lng = 0
+            table.cell[row] = NO_CELL
+            counts[LOCATED] -= 1
+        told = np.uint64(0)
+        for word in range(words):
+            told |= table.told[word, row]
+        if told == 0:
+            free(table, row)
+
+
+@kernel
+def rows_told(told_word: U64, bit: np.uint64, row_count: int, rows: U32) -> int:
+    """Rows told of the alert `bit` of one word of `told`, ascending -> `rows`; returns how many."""
+    found = 0
+    for row in range(row_count):
+        rows[found] = row
+        found += np.int64((told_word[row] >> bit) & np.uint64(1))
+    return found
+
+
+@kernel
+def forget_told(told_word: U64, bit: np.uint64, row_count: int) -> None:
+    """Clear one alert's bit everywhere, so that the bit can serve another alert."""
+    keep = ~(np.uint64(1) << bit)
+    for row in range(row_count):
+        told_word[row] &= keep
+
+
+@kernel
+def partners_of(records: Records, rows: U32, partner: npt.NDArray[np.uint16]) -> None:
+    """Partner of each row -> `partner` u16[n]."""
+    for position in range(len(rows)):
+        if position + 16 < len(rows):
+            prefetch(records, rows[position + 16])
+        partner[position] = records[rows[position]].partner
+
+
+@kernel
+def id_ends(records: Records, rows: U32, id_end: U32) -> None:
+    """End of each row's id in the bytes of all -> `id_end` u32[n]."""
+    end = 0
+    for position in range(len(rows)):
+        if position + 16 < len(rows):
+            prefetch(records, rows[position + 16])
+        end += np.int64(records[rows[position]].id_length)
+        id_end[position] = end
+
+
+@kernel
+def gather_ids(records: Records, heap: U8, rows: U32, id_bytes: U8) -> None:
+    """Ids of rows, end to end -> `id_bytes` u8[id_end[-1]]."""
+    byte = 0
+    for position in range(len(rows)):
+        if position + 16 < len(rows):
+            prefetch(heap, np.int64(records[rows[position + 16]].tail) * TAIL_UNIT_BYTES)
+        record = records[rows[position]]
+        length = np.int64(record.id_length)
+        for offset in range(min(length, HEAD_BYTES)):
+            id_bytes[byte + offset] = record.head[offset]
+        tail = np.int64(record.tail) * TAIL_UNIT_BYTES - HEAD_BYTES
+        for offset in range(HEAD_BYTES, length):
+            id_bytes[byte + offset] = heap[tail + offset]
+        byte += length

@@ -1,0 +1,162 @@
+"""The device table of one shard: columns that grow in place, and what is asked of them.
+
+Every array is reserved at its largest size as address space that costs nothing until it is touched, so a table
+grows without copying and without a pause. Only the index is rebuilt as it fills; its layout is not state.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from geoindex import device_kernels as kernels
+from geoindex.columns import U8, U16, U32, U64
+from geoindex.device_kernels import (
+    COUNTS,
+    FREE,
+    HEAP_UNITS,
+    LOCATED,
+    RECORD,
+    ROWS,
+    ROWS_MAX,
+    TAIL_UNIT_BYTES,
+    TAIL_UNITS_MAX,
+    DeviceColumns,
+)
+
+_log = logging.getLogger(__name__)
+
+INDEX_SLOTS_MIN = 1024
+INDEX_LOAD_MAX = 0.75
+"""Used share of the index beyond which it is rebuilt; a lookup then sees 2.5 entries on average (Knuth, 6.4)."""
+INDEX_GROWTH = 1.6
+WORD_ALERTS = 64
+ROWS_MAX_MIN = 1 << 20
+
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0x40
+
+
+def _reserve(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+    """Zeroed address space of that size, backed by memory only where it is touched, in 2-MB pages where offered."""
+    size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    region = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(region, dtype=dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TableSize:
+    """What a table holds and what it costs."""
+
+    device_count: int
+    located_count: int
+    memory_bytes: int
+
+
+class DeviceTable:
+    """Devices of one shard, by row. `rows_max`: the most devices it can ever hold (at most 2^27 - 1)."""
+
+    def __init__(self, rows_max: int = ROWS_MAX) -> None:
+        assert 0 < rows_max <= ROWS_MAX, f"rows_max must be 1 to {ROWS_MAX}, got {rows_max}"
+        while True:
+            try:
+                self._reserve_all(rows_max)
+                break
+            except OSError:
+                # Strict overcommit, or a limit on address space: a smaller table is better than none.
+                if rows_max <= ROWS_MAX_MIN:
+                    raise
+                rows_max //= 2
+                _log.warning("address space for the device table is short: at most %d devices in this shard", rows_max)
+
+    def _reserve_all(self, rows_max: int) -> None:
+        self.rows_max = rows_max
+        self._told_words = 1
+        self.columns = DeviceColumns(
+            index=np.zeros(INDEX_SLOTS_MIN, np.uint32),
+            records=_reserve((rows_max,), RECORD),  # type: ignore[arg-type]
+            cell=_reserve((rows_max,), np.uint32),  # type: ignore[arg-type]
+            told=_reserve((1, rows_max), np.uint64),  # type: ignore[arg-type]
+            heap=_reserve((rows_max * TAIL_UNITS_MAX * TAIL_UNIT_BYTES,), np.uint8),  # type: ignore[arg-type]
+            free_rows=_reserve((rows_max,), np.uint32),  # type: ignore[arg-type]
+            counts=np.zeros(COUNTS, np.int64),
+        )
+
+    @property
+    def row_count(self) -> int:
+        """Rows ever given: where scans end."""
+        return int(self.columns.counts[ROWS])
+
+    @property
+    def size(self) -> TableSize:
+        counts = self.columns.counts
+        rows = int(counts[ROWS])
+        row_bytes = RECORD.itemsize + 4 + 8 * self._told_words
+        return TableSize(
+            device_count=rows - int(counts[FREE]),
+            located_count=int(counts[LOCATED]),
+            memory_bytes=rows * row_bytes + self.columns.index.nbytes + int(counts[HEAP_UNITS]) * TAIL_UNIT_BYTES,
+        )
+
+    def make_room(self, device_count: int) -> None:
+        """Make sure that so many new devices fit.
+
+        Raises MemoryError if the shard would hold more than `rows_max`: nothing is dropped in silence.
+        """
+        counts = self.columns.counts
+        needed = int(counts[ROWS] - counts[FREE]) + device_count
+        if needed > self.rows_max:
+            raise MemoryError(
+                f"device table: at most {self.rows_max} devices in a shard, got {needed}; use more shards"
+            )
+        slots = len(self.columns.index)
+        if needed > slots * INDEX_LOAD_MAX:
+            slots = max(INDEX_SLOTS_MIN, int(max(slots * INDEX_GROWTH, needed / INDEX_LOAD_MAX + 1)))
+            self.columns = self.columns._replace(index=np.zeros(0, np.uint32))
+            self.columns = self.columns._replace(index=np.zeros(slots, np.uint32))
+            kernels.place_all(self.columns.index, self.columns.records, counts)
+
+    def make_alert_room(self, alert_count: int) -> None:
+        """Make sure that `told` has a bit for so many alerts."""
+        words = -(-alert_count // WORD_ALERTS)
+        if words > self._told_words:
+            told: U64 = _reserve((words, self.rows_max), np.uint64)  # type: ignore[assignment]
+            told[: self._told_words, : self.row_count] = self.columns.told[:, : self.row_count]
+            self._told_words = words
+            self.columns = self.columns._replace(told=told)
+
+    def sweep(self, expired_before_ms: int) -> None:
+        """Wipe locations observed before that time; free devices that no open alert has told."""
+        kernels.sweep(self.columns, expired_before_ms)
+
+    def rows_told(self, alert_slot: int) -> U32:
+        """Rows told of an alert, ascending, u32[n]."""
+        rows = np.empty(self.row_count + 1, np.uint32)
+        told_word = self.columns.told[alert_slot // WORD_ALERTS]
+        found = kernels.rows_told(told_word, np.uint64(alert_slot % WORD_ALERTS), self.row_count, rows)
+        return rows[:found]
+
+    def forget_told(self, alert_slot: int) -> None:
+        """Clear an alert's bit of every row."""
+        told_word = self.columns.told[alert_slot // WORD_ALERTS]
+        kernels.forget_told(told_word, np.uint64(alert_slot % WORD_ALERTS), self.row_count)
+
+    def partners_of(self, rows: U32) -> U16:
+        """Partner index of each row, u16[n]."""
+        partner = np.empty(len(rows), np.uint16)
+        kernels.partners_of(self.columns.records, rows, partner)
+        return partner
+
+    def ids_of(self, rows: U32) -> tuple[U8, U32]:
+        """Ids of rows: (`id_bytes` u8[total], `id_end` u32[n])."""
+        id_end = np.empty(len(rows), np.uint32)
+        kernels.id_ends(self.columns.records, rows, id_end)
+        id_bytes = np.empty(int(id_end[-1]) if len(rows) else 0, np.uint8)
+        kernels.gather_ids(self.columns.records, self.columns.heap, rows, id_bytes)
+        return id_bytes, id_end

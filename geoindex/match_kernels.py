@@ -1,0 +1,293 @@
+"""The loops of the join: pings meet the cover, a new ring meets the table.
+
+Every ping of a batch goes through three steps, a block of pings at a time so that the cache misses of a block
+overlap: hash its id and ask for the index line; guess its row and ask for the record; process.
+
+Processing is one comparison for a phone that stayed inside its *stay box*: a rectangle around the *anchor* (where
+the device was last looked at closely) in which neither its cell nor the answer of any ring it was not told about
+can change. Half its sides, in 16e-7 degree: with r the clearance in metres,
+
+    stay_lat = r / sqrt(2) / metres per unit        stay_lng = stay_lat / (cos(lat) + r / earth radius)
+
+The box lies in the disc of radius r: a path of dlat and dlng is at most sqrt(dlat^2 + (cos_max * dlng)^2) long,
+cos_max being the largest cosine of latitude on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geoindex.cell_kernels import locate, unit_vector_e7
+from geoindex.columns import I32, I64, U8, U16, U32, U64
+from geoindex.device_kernels import (
+    LOCATED,
+    NO_CELL,
+    NO_TIME,
+    ROWS,
+    DeviceColumns,
+    candidate,
+    find,
+    insert,
+)
+from geoindex.kernels import hash_id, scaled
+from geoindex.numba_typing import inline_kernel, kernel, prefetch
+
+if TYPE_CHECKING:
+    from geoindex.alerts import AlertColumns
+
+EARTH_RADIUS_M = 6371008.8
+"""H3's sphere (authalic radius of WGS-84), design rule 5."""
+STAY_UNIT_E7 = 16
+STAY_MAX = 65535
+STAY_UNIT_M = math.radians(STAY_UNIT_E7 * 1e-7) * EARTH_RADIUS_M
+ROOT_HALF = math.sqrt(0.5)
+ROUNDING_M = 1e-3
+"""Taken off every clearance from a ring: a thousand times what float64 can be wrong by."""
+CELLS_PER_ZONE = 49
+BLOCK_PINGS = 32
+
+# Indices into the counts of `apply_pings`.
+ACCEPTED = 0
+FROM_THE_FUTURE = 1
+TOO_OLD = 2
+HITS = 3
+SLOW = 4
+PING_COUNTS = 5
+
+
+@kernel
+def mark_zones(
+    zone_row: U32, zone_mask: U64, ranges: U32, kind: int, slot: int, covered: bool, rows_used: int
+) -> int:
+    """Set or clear one alert's bit in every zone of `ranges` u32[n, 2]; returns the rows of `zone_mask` in use."""
+    word = slot // 64
+    mask = np.uint64(1) << np.uint64(slot % 64)
+    for index in range(len(ranges)):
+        for zone in range(ranges[index, 0], ranges[index, 1]):
+            if zone_row[zone] == 0:
+                zone_row[zone] = rows_used
+                rows_used += 1
+            row = zone_row[zone]
+            if covered:
+                zone_mask[row, kind, word] |= mask
+            else:
+                zone_mask[row, kind, word] &= ~mask
+    return rows_used
+
+
+@inline_kernel
+def chord2(x: float, y: float, z: float, centre: Any, slot: int) -> float:
+    """Squared chord between a unit vector and an alert's location."""
+    dx = x - centre[slot, 0]
+    dy = y - centre[slot, 1]
+    dz = z - centre[slot, 2]
+    return dx * dx + dy * dy + dz * dz
+
+
+@inline_kernel
+def lowest_bit(word: np.uint64) -> np.int64:
+    """Position of the lowest set bit of a word that is not 0."""
+    position = np.int64(0)
+    while word & np.uint64(1) == 0:
+        word >>= np.uint64(1)
+        position += 1
+    return position
+
+
+@inline_kernel
+def look_closely(
+    table: DeviceColumns, alerts: AlertColumns, tables: Any, row: int, hit_row: U32, hit_slot: U32, hits: int
+) -> np.int64:
+    """Settle a device at its location: its cell, every ring it meets (appended as hits), a new stay box.
+
+    Returns the new number of hits; each marks the device as told.
+    """
+    record = table.records[row]
+    cell, x, y, z, clearance_m = locate(record.lat_e7, record.lng_e7, tables)
+    if table.cell[row] != cell:
+        table.cell[row] = cell
+    mask_row = alerts.zone_row[cell // CELLS_PER_ZONE]
+    if mask_row != 0:
+        for word in range(alerts.zone_mask.shape[2]):
+            open_to = alerts.audience[record.partner, word] & ~table.told[word, row]
+            told = alerts.zone_mask[mask_row, 0, word] & open_to
+            close = alerts.zone_mask[mask_row, 1, word] & open_to
+            rest = close
+            while rest != 0:
+                bit = lowest_bit(rest)
+                mask = np.uint64(1) << np.uint64(bit)
+                rest ^= mask
+                slot = word * 64 + bit
+                distance2 = chord2(x, y, z, alerts.centre, slot)
+                if distance2 <= alerts.chord2_max[slot]:
+                    told |= mask
+                else:
+                    # An arc is at least as much longer than another as its chord is.
+                    gap = math.sqrt(distance2) - math.sqrt(alerts.chord2_max[slot])
+                    clearance_m = min(clearance_m, gap * EARTH_RADIUS_M - ROUNDING_M)
+            table.told[word, row] |= told
+            while told != 0:
+                bit = lowest_bit(told)
+                told ^= np.uint64(1) << np.uint64(bit)
+                hit_row[hits] = row
+                hit_slot[hits] = word * 64 + bit
+                hits += 1
+    record.anchor_lat_e7 = record.lat_e7
+    record.anchor_lng_e7 = record.lng_e7
+    stay_lat = 0.0
+    stay_lng = 0.0
+    if clearance_m > 0.0:
+        stay_lat = clearance_m * ROOT_HALF / STAY_UNIT_M
+        cosine = math.sqrt(x * x + y * y) + clearance_m / EARTH_RADIUS_M
+        stay_lng = stay_lat / cosine
+    record.stay_lat = np.uint16(min(stay_lat, STAY_MAX))
+    record.stay_lng = np.uint16(min(stay_lng, STAY_MAX))
+    return hits
+
+
+@inline_kernel
+def stays(record: Any, lat_e7: np.int32, lng_e7: np.int32) -> bool:
+    """Does this location lie in the device's stay box? An empty box holds nothing, not even the anchor."""
+    return (
+        abs(np.int64(lat_e7) - record.anchor_lat_e7) < np.int64(record.stay_lat) * STAY_UNIT_E7
+        and abs(np.int64(lng_e7) - record.anchor_lng_e7) < np.int64(record.stay_lng) * STAY_UNIT_E7
+    )
+
+
+@kernel
+def apply_pings(
+    table: DeviceColumns,
+    alerts: AlertColumns,
+    tables: Any,
+    secrets: U64,
+    partner: U16,
+    id_bytes: U8,
+    id_end: U32,
+    lat_e7: I32,
+    lng_e7: I32,
+    observed_at_ms: I64,
+    at_ms: I64,
+    at_step: int,
+    first: int,
+    stop: int,
+    live_window_ms: int,
+    future_tolerance_ms: int,
+    hit_row: U32,
+    hit_slot: U32,
+    hit_ping: U32,
+    counts: I64,
+) -> int:
+    """Apply the pings `first` to `stop` in order, until they are done or the hits might not fit any more.
+
+    at_ms, at_step: the shard clock of ping i is `at_ms[i * at_step]`. No alert event, growth or sweep is due within.
+    hit_row, hit_slot, hit_ping: matches, in order: device row, alert slot, position of the ping; counts[HITS] of them.
+    counts: i64[PING_COUNTS], added to. Returns the position of the first ping not applied.
+    """
+    hits = counts[HITS]
+    slots = alerts.zone_mask.shape[2] * 64
+    fingerprint_a = np.empty(BLOCK_PINGS, np.uint64)
+    fingerprint_b = np.empty(BLOCK_PINGS, np.uint64)
+    guess = np.empty(BLOCK_PINGS, np.int64)
+    index = table.index
+    records = table.records
+    block = first
+    while block < stop:
+        if hits + BLOCK_PINGS * slots > len(hit_row):
+            break
+        block_stop = min(block + BLOCK_PINGS, stop)
+        start = np.int64(id_end[block - 1]) if block > 0 else np.int64(0)
+        for ping in range(block, block_stop):
+            end = np.int64(id_end[ping])
+            a, b = hash_id(id_bytes, start, end, partner[ping], secrets)
+            fingerprint_a[ping - block] = a
+            fingerprint_b[ping - block] = b
+            prefetch(index, scaled(a, np.uint64(len(index))))
+            start = end
+        for ping in range(block, block_stop):
+            row = candidate(index, fingerprint_a[ping - block])
+            guess[ping - block] = row
+            if row >= 0:
+                prefetch(records, row)
+        for ping in range(block, block_stop):
+            now_ms = at_ms[ping * at_step]
+            observed = observed_at_ms[ping]
+            if observed > now_ms + future_tolerance_ms:
+                counts[FROM_THE_FUTURE] += 1
+                continue
+            if observed < now_ms - live_window_ms:
+                counts[TOO_OLD] += 1
+                continue
+            counts[ACCEPTED] += 1
+            a = fingerprint_a[ping - block]
+            b = fingerprint_b[ping - block]
+            row = guess[ping - block]
+            if row < 0 or records[row].fingerprint_a != a or records[row].fingerprint_b != b:
+                row = find(index, records, a, b)
+                if row < 0:
+                    start = np.int64(id_end[ping - 1]) if ping > 0 else np.int64(0)
+                    row = insert(table, a, b, partner[ping], id_bytes, start, np.int64(id_end[ping]))
+            record = records[row]
+            if observed >= record.observed_at_ms:
+                if record.observed_at_ms == NO_TIME:
+                    table.counts[LOCATED] += 1
+                record.observed_at_ms = observed
+                record.lat_e7 = lat_e7[ping]
+                record.lng_e7 = lng_e7[ping]
+                if stays(record, lat_e7[ping], lng_e7[ping]):
+                    continue
+            elif record.stay_lat != 0 and record.stay_lng != 0:
+                # A late ping moves nothing, and nothing has changed for this device since it was settled.
+                continue
+            counts[SLOW] += 1
+            found = look_closely(table, alerts, tables, row, hit_row, hit_slot, hits)
+            while hits < found:
+                hit_ping[hits] = ping
+                hits += 1
+        block = block_stop
+    counts[HITS] = hits
+    return block
+
+
+@kernel
+def scan_ring(
+    table: DeviceColumns, alerts: AlertColumns, slot: int, live_from_ms: int, hit_row: U32
+) -> int:
+    """A ring that is new or has grown meets the table: rows newly inside, ascending -> `hit_row`; returns how many.
+
+    Live devices of the audience that were not told and are inside are marked as told. For every other device in the
+    cover that was not told, the stay box is emptied: its next ping is looked at closely.
+    """
+    word = slot // 64
+    mask = np.uint64(1) << np.uint64(slot % 64)
+    told = table.told[word]
+    records = table.records
+    hits = 0
+    for row in range(table.counts[ROWS]):
+        cell = table.cell[row]
+        if cell == NO_CELL:
+            continue
+        mask_row = alerts.zone_row[cell // CELLS_PER_ZONE]
+        if mask_row == 0:
+            continue
+        inside = alerts.zone_mask[mask_row, 0, word] & mask
+        if (inside | (alerts.zone_mask[mask_row, 1, word] & mask)) == 0 or told[row] & mask != 0:
+            continue
+        record = records[row]
+        if alerts.audience[record.partner, word] & mask == 0:
+            continue
+        if record.observed_at_ms >= live_from_ms:
+            if inside == 0:
+                x, y, z = unit_vector_e7(record.lat_e7, record.lng_e7)
+                if chord2(x, y, z, alerts.centre, slot) <= alerts.chord2_max[slot]:
+                    inside = mask
+            if inside != 0:
+                told[row] |= mask
+                hit_row[hits] = row
+                hits += 1
+                continue
+        record.stay_lat = 0
+        record.stay_lng = 0
+    return hits

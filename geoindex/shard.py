@@ -1,0 +1,333 @@
+"""The shard machine: a deterministic function of one shard's log.
+
+    entry (settings | pings | publish | update | close | tick), with the time in its id
+      -> everything due up to that time, in time order, each at its own clock: growth, expiry, automatic close
+      -> the minute's sweep
+      -> the entry itself
+      => pushes, in the order in which they go into the queues
+
+No wall clock, no random numbers, no I/O. Cutting the same pings into other batches changes no push, only how
+pushes are grouped into queue entries. The rules are those of design section 3; each is named where it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from geoindex import match_kernels as kernels
+from geoindex.alerts import NEVER, AlertIndex, OpenAlert
+from geoindex.cells import cell_tables
+from geoindex.columns import I64, U32, PingBatch, Push
+from geoindex.devices import DeviceTable, TableSize
+from geoindex.entries import (
+    EMISSION_VERSION,
+    FORMAT_VERSION,
+    HASH_NAME,
+    AlertClose,
+    AlertRevision,
+    LogEntry,
+    Settings,
+    Tick,
+)
+from geoindex.kernels import hash_secrets
+from geoindex.match_kernels import ACCEPTED, FROM_THE_FUTURE, HITS, PING_COUNTS, SLOW, TOO_OLD
+from geoindex.rings import radius_km
+
+MINUTE_MS = 60_000
+HITS_MIN = 1 << 16
+
+
+class SettingsRefused(ValueError):
+    """The log's settings are not those that this program can follow: it must not start."""
+
+
+@dataclass(slots=True)
+class ShardCounters:
+    """What the machine has done so far. Refused pings by reason; nothing is dropped uncounted."""
+
+    pings_accepted: int = 0
+    pings_looked_at_closely: int = 0
+    pings_refused: dict[str, int] = field(default_factory=lambda: {"from_the_future": 0, "too_old": 0})
+    devices_pushed: dict[str, int] = field(default_factory=lambda: {"alert": 0, "update": 0, "resolved": 0})
+    alert_events_ignored: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AlertView:
+    """An open alert as an operator sees it."""
+
+    alert_id: str
+    revision: int
+    ring_km: float
+    next_due_ms: int
+    matching: bool
+
+
+class ShardMachine:
+    """One shard's devices and alerts. Feed it every entry of the shard's log, in order, from the first."""
+
+    def __init__(self) -> None:
+        self.clock_ms = 0
+        self.counters = ShardCounters()
+        self._settings: Settings | None = None
+        self._secrets = np.zeros(6, np.uint64)
+        self._devices = DeviceTable()
+        self._alerts = AlertIndex()
+        self._closed: set[str] = set()
+        self._last_desk_id = (0, 0)
+        self._sweep_due_ms = 0
+        self._due_ms = NEVER
+        self._hit_row = np.empty(0, np.uint32)
+        self._hit_slot = np.empty(0, np.uint32)
+        self._hit_ping = np.empty(0, np.uint32)
+
+    @property
+    def settings(self) -> Settings:
+        """Raises SettingsRefused before the log's first entry."""
+        if self._settings is None:
+            raise SettingsRefused("a shard log must begin with a settings entry")
+        return self._settings
+
+    @property
+    def size(self) -> TableSize:
+        return self._devices.size
+
+    def open_alerts(self) -> list[AlertView]:
+        return [
+            AlertView(
+                opened.alert.alert_id, opened.alert.revision, opened.ring_km, opened.due_ms, opened.cover is not None
+            )
+            for opened in self._alerts.open.values()
+        ]
+
+    def apply(self, at_ms: int, entry: LogEntry) -> list[Push]:
+        """Apply one log entry with the time in its id; returns what it causes, in queue order.
+
+        Raises SettingsRefused (before any change) for settings that this program does not follow.
+        """
+        if isinstance(entry, Settings):
+            self._check_settings(entry)
+        elif self._settings is None:
+            raise SettingsRefused("a shard log must begin with a settings entry")
+        assert at_ms >= self.clock_ms, f"a log's time never runs backwards, got {at_ms} after {self.clock_ms}"
+        if isinstance(entry, PingBatch):
+            return list(self._apply_pings(at_ms, entry))
+        pushes = list(self._advance(at_ms))
+        match entry:
+            case Settings():
+                self._apply_settings(entry)
+            case AlertRevision() | AlertClose():
+                pushes += self._apply_alert_event(entry)
+            case Tick():
+                pass
+        self._due_ms = self._alerts.next_due_ms()
+        return pushes
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def _advance(self, at_ms: int) -> Iterator[Push]:
+        """Run what is due up to `at_ms` (rule 11), then the minute's sweep, and set the clock."""
+        while self._due_ms <= at_ms:
+            opened = min(self._alerts.open.values(), key=lambda opened: (opened.due_ms, opened.slot))
+            self.clock_ms = max(self.clock_ms, opened.due_ms)
+            yield from self._run_due(opened)
+            self._due_ms = self._alerts.next_due_ms()
+        if at_ms >= self._sweep_due_ms:
+            minute_ms = at_ms - at_ms % MINUTE_MS
+            if self._settings is not None:
+                self._devices.sweep(minute_ms - self._settings.live_window_ms)
+            self._sweep_due_ms = minute_ms + MINUTE_MS
+        self.clock_ms = at_ms
+
+    def _run_due(self, opened: OpenAlert) -> Iterator[Push]:
+        alert = opened.alert
+        if self.clock_ms <= alert.expires_at_ms:
+            yield from self._meet_table(opened)
+        elif opened.cover is not None:
+            self._alerts.uncover(opened)
+        else:
+            yield from self._close(opened, alert.revision)
+            return
+        opened.schedule_next(self.clock_ms)
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    def _check_settings(self, settings: Settings) -> None:
+        for name, required, got in (
+            ("format version", FORMAT_VERSION, settings.format_version),
+            ("emission version", EMISSION_VERSION, settings.emission_version),
+            ("hash function", HASH_NAME, settings.hash_name),
+        ):
+            if required != got:
+                raise SettingsRefused(f"{name} must be {required!r} for this program, the log says {got!r}")
+        if self._settings is None:
+            return
+        before = self._settings
+        for name, fixed, got in (
+            ("shard count", before.shard_count, settings.shard_count),
+            ("hash key", before.hash_key, settings.hash_key),
+            ("partners so far", before.partners, settings.partners[: len(before.partners)]),
+        ):
+            if fixed != got:
+                raise SettingsRefused(f"{name} must stay as the log began with it")
+
+    def _apply_settings(self, settings: Settings) -> None:
+        if self._settings is not None:
+            # What has expired stays expired, also when the live window gets longer.
+            self._devices.sweep(self.clock_ms - self._settings.live_window_ms)
+        self._settings = settings
+        self._secrets = hash_secrets(settings.hash_key)
+        self._alerts.set_partners(settings.partners)
+
+    # --- alerts -----------------------------------------------------------------------------------------------------
+
+    def _apply_alert_event(self, event: AlertRevision | AlertClose) -> Iterator[Push]:
+        if event.desk_id <= self._last_desk_id:
+            self.counters.alert_events_ignored += 1
+            return
+        self._last_desk_id = event.desk_id
+        if isinstance(event, AlertClose):
+            yield from self._apply_close(event)
+            return
+        alert = event.alert
+        opened = self._alerts.open.get(alert.alert_id)
+        known = opened.alert.revision if opened else 0
+        if (
+            alert.alert_id in self._closed
+            or alert.revision <= known
+            or (opened is None and event.event == "update")
+            or (opened is not None and opened.alert.status != alert.status)  # rule 13
+            or (alert.status == "exercise" and not alert.audience)
+        ):
+            self.counters.alert_events_ignored += 1
+            return
+        if opened is None:
+            opened = self._alerts.add(alert, self.clock_ms)
+            self._devices.make_alert_room(self._alerts.slot_count)
+        else:
+            # Rule 8: everyone told hears of the edit first.
+            self._alerts.revise(opened, alert, self.clock_ms)
+            yield from self._tell(opened, "update", alert.revision, self._devices.rows_told(opened.slot))
+        if self.clock_ms <= alert.expires_at_ms:
+            yield from self._meet_table(opened)
+        opened.schedule_next(self.clock_ms)
+
+    def _apply_close(self, event: AlertClose) -> Iterator[Push]:
+        opened = self._alerts.open.get(event.alert_id)
+        if opened is None:
+            self._closed.add(event.alert_id)
+            return
+        if event.revision is not None and event.revision <= opened.alert.revision:
+            self.counters.alert_events_ignored += 1
+            return
+        yield from self._close(opened, event.revision or opened.alert.revision)
+
+    def _close(self, opened: OpenAlert, revision: int) -> Iterator[Push]:
+        """Rule 9: everyone told hears of the end; then nothing more, ever."""
+        alert = opened.alert
+        opened.ring_km = radius_km(alert.schedule, self.clock_ms - alert.missing_since_ms)
+        told = self._devices.rows_told(opened.slot)
+        yield from self._tell(opened, "resolved", revision, told)
+        if len(told):
+            self._devices.forget_told(opened.slot)
+        self._alerts.remove(opened)
+        self._closed.add(alert.alert_id)
+
+    def _meet_table(self, opened: OpenAlert) -> Iterator[Push]:
+        """Rule 6: the ring of this moment meets every live device."""
+        self._alerts.cover_ring(opened, self.clock_ms)
+        live_from_ms = self.clock_ms - self.settings.live_window_ms
+        rows = np.empty(self._devices.row_count + 1, np.uint32)
+        found = kernels.scan_ring(self._devices.columns, self._alerts.columns, opened.slot, live_from_ms, rows)
+        yield from self._tell(opened, "alert", opened.alert.revision, rows[:found])
+
+    def _tell(self, opened: OpenAlert, kind: str, revision: int, rows: U32) -> Iterator[Push]:
+        """Pushes to `rows`, of one kind and one moment: by partner, in row order, so many ids at a time."""
+        partners = self._devices.partners_of(rows)
+        for partner in np.unique(partners):
+            yield from self._push(opened, kind, revision, int(partner), self.clock_ms, rows[partners == partner])
+
+    def _push(
+        self, opened: OpenAlert, kind: str, revision: int, partner: int, at_ms: int, rows: U32
+    ) -> Iterator[Push]:
+        ids_max = self.settings.push_ids_max
+        for start in range(0, len(rows), ids_max):
+            id_bytes, id_end = self._devices.ids_of(rows[start : start + ids_max])
+            self.counters.devices_pushed[kind] += len(id_end)
+            yield Push(partner, opened.alert.alert_id, revision, kind, opened.ring_km, at_ms, id_bytes, id_end)
+
+    # --- pings ------------------------------------------------------------------------------------------------------
+
+    def _apply_pings(self, entry_at_ms: int, batch: PingBatch) -> Iterator[Push]:
+        """Rules 1, 2, 6 and 7, row by row. A recording's rows carry their own clock: what is due runs between them."""
+        at_ms = np.array([entry_at_ms], np.int64) if batch.at_ms is None else batch.at_ms
+        at_step = 0 if batch.at_ms is None else 1
+        counts = np.zeros(PING_COUNTS, np.int64)
+        row = 0
+        if not len(batch):
+            yield from self._advance(entry_at_ms)
+        while row < len(batch):
+            yield from self._advance(int(at_ms[row * at_step]))
+            due_ms = min(self._due_ms, self._sweep_due_ms)
+            stop = len(batch) if at_step == 0 else max(int(np.searchsorted(at_ms, due_ms)), row + 1)
+            while row < stop:
+                row = self._apply_some(batch, at_ms, at_step, row, stop, counts)
+                yield from self._push_hits(at_ms, at_step, int(counts[HITS]))
+            self.clock_ms = int(at_ms[(stop - 1) * at_step])
+        self._count(counts)
+
+    def _apply_some(self, batch: PingBatch, at_ms: I64, at_step: int, row: int, stop: int, counts: I64) -> int:
+        hits_room = max(HITS_MIN, 2 * kernels.BLOCK_PINGS * self._alerts.slot_count)
+        if len(self._hit_row) < hits_room:
+            self._hit_row, self._hit_slot, self._hit_ping = (np.empty(hits_room, np.uint32) for _ in range(3))
+        self._devices.make_room(stop - row)
+        counts[HITS] = 0
+        return kernels.apply_pings(
+            self._devices.columns,
+            self._alerts.columns,
+            cell_tables(),
+            self._secrets,
+            batch.partner,
+            batch.id_bytes,
+            batch.id_end,
+            batch.lat_e7,
+            batch.lng_e7,
+            batch.observed_at_ms,
+            at_ms,
+            at_step,
+            row,
+            stop,
+            self.settings.live_window_ms,
+            self.settings.future_tolerance_ms,
+            self._hit_row,
+            self._hit_slot,
+            self._hit_ping,
+            counts,
+        )
+
+    def _push_hits(self, at_ms: I64, at_step: int, hits: int) -> Iterator[Push]:
+        """Pushes of pings that met a ring: by moment, alert slot and partner; within these in the pings' order."""
+        if not hits:
+            return
+        rows, slots = self._hit_row[:hits], self._hit_slot[:hits]
+        moments = at_ms[self._hit_ping[:hits].astype(np.int64) * at_step]
+        partners = self._devices.partners_of(rows)
+        order = np.lexsort((partners, slots, moments))
+        rows, slots, moments, partners = rows[order], slots[order], moments[order], partners[order]
+        changes = (np.diff(slots) != 0) | (np.diff(partners) != 0) | (np.diff(moments) != 0)
+        starts = [0, *(np.flatnonzero(changes) + 1).tolist(), hits]
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            opened = self._alerts.in_slot(int(slots[start]))
+            revision = opened.alert.revision
+            yield from self._push(
+                opened, "alert", revision, int(partners[start]), int(moments[start]), rows[start:stop]
+            )
+
+    def _count(self, counts: I64) -> None:
+        self.counters.pings_accepted += int(counts[ACCEPTED])
+        self.counters.pings_looked_at_closely += int(counts[SLOW])
+        self.counters.pings_refused["from_the_future"] += int(counts[FROM_THE_FUTURE])
+        self.counters.pings_refused["too_old"] += int(counts[TOO_OLD])

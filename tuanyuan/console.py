@@ -1,0 +1,45 @@
+"""What every command shares: where words go, exit codes, durations as people write them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+console = Console()
+"""Results."""
+notes = Console(stderr=True)
+"""Progress, warnings, errors: never mixed into a program's output."""
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_REFUSED = 3
+"""Some input was refused and the command was told to mind (`--strict`), or the server said no."""
+
+_UNIT_MS = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def fail(words: str, code: int = EXIT_FAILED) -> NoReturn:
+    """Say what is wrong and exit."""
+    notes.print(f"error: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def note(words: str) -> None:
+    """A line on stderr, for a person."""
+    notes.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration_ms(text: str) -> int:
+    """`6h`, `90min`, `30s`, `1.5h`, `2d` -> milliseconds. Raises typer.BadParameter."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d)\s*", text)
+    if not match or float(match[1]) <= 0:
+        raise typer.BadParameter(f"must be a duration above 0 as 6h, 90min, 30s or 2d, got {text!r}")
+    return round(float(match[1]) * _UNIT_MS[match[2]])
+
+
+def stdout_is_terminal() -> bool:
+    return sys.stdout.isatty()

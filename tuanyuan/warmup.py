@@ -1,0 +1,67 @@
+"""One small run through every kernel, so that Numba compiles and caches them all before they are needed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flows.match import Entry, decode, step
+from flows.log import RawEntry
+from flows.file_clock import NO_CLOCK, clock_of_arrivals, clock_of_observations
+from flows.wire import encode_entry, encode_push, split_by_shard
+from geoindex.columns import PingBatch
+from geoindex.entries import DEFAULT_SCHEDULE, HOUR_MS, Alert, AlertClose, AlertRevision, LogEntry, Settings, Tick
+from geoindex.shard import ShardMachine
+from loadtest.world import World
+
+_NOW_MS = 1_700_000_000_000
+
+
+def run_every_kernel() -> None:
+    """Recorded and live batches, an alert from publish to close, a sweep: what every process will do later."""
+    world = World(1, 500)
+    world.home_places(np.zeros(1, np.uint32))
+    world.positions()
+    settings = Settings(shard_count=1, partners=world.partner_names)
+    machine = ShardMachine()
+    place = world.densest_place()
+    alert = Alert(
+        "warm-up", 1, place.lat, place.lng, _NOW_MS, DEFAULT_SCHEDULE, _NOW_MS + 72 * HOUR_MS
+    )
+    live = world.batch(500, _NOW_MS)
+    (recorded,) = split_by_shard(_recorded(world.batch(500, _NOW_MS + 1)), settings)
+    assert recorded is not None
+    entries: list[LogEntry] = [
+        settings,
+        next(iter(world.first_sight(_NOW_MS, 500))),
+        live,
+        AlertRevision("publish", alert, (1, 0)),
+        recorded,
+        Tick(),
+        AlertRevision("update", _revised(alert), (2, 0)),
+        AlertClose("warm-up", None, "found", (3, 0)),
+        Tick(),
+    ]
+    times_ms = [0, *(_NOW_MS + step_ms for step_ms in (0, 0, 1, 2, 2 * HOUR_MS, 3 * HOUR_MS, 3 * HOUR_MS, 20 * HOUR_MS))]
+    for seq, (at_ms, entry) in enumerate(zip(times_ms, entries, strict=True)):
+        kind, payload = encode_entry(entry)
+        decoded: Entry = decode(RawEntry(0, at_ms, seq, kind, payload, ""))
+        for push in step(machine, decoded).pushes:
+            encode_push(push)
+    at_ms_column = np.empty(1, np.int64)
+    accepted = np.empty(1, np.bool_)
+    one = np.zeros(1, np.int64)
+    clock_of_arrivals(one, one, NO_CLOCK, 1, at_ms_column, accepted)
+    clock_of_observations(one, 1, NO_CLOCK, 1, at_ms_column, accepted)
+
+
+def _recorded(batch: PingBatch) -> PingBatch:
+    at_ms = np.full(len(batch), _NOW_MS + 2, np.int64)
+    return PingBatch(
+        batch.partner, batch.id_bytes, batch.id_end, batch.lat_e7, batch.lng_e7, batch.observed_at_ms, at_ms
+    )
+
+
+def _revised(alert: Alert) -> Alert:
+    return Alert(
+        alert.alert_id, 2, alert.lat, alert.lng, alert.missing_since_ms, alert.schedule, alert.expires_at_ms
+    )
