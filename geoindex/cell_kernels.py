@@ -201,15 +201,17 @@ def nearest_lattice_point(a: float, b: float) -> tuple[int, int, float]:
     q_off = abs(a - q_round)
     r_off = abs(r - r_round)
     b_off = abs(b - b_round)
-    q_worst = q_off > r_off and q_off > b_off
-    b_worst = not q_worst and b_off > r_off
-    a_nearest = b_round - r_round if q_worst else q_round
-    b_nearest = q_round + r_round if b_worst else b_round
+    # -1, 0 or 1, taken back from the coordinate that was rounded worst. As integers: a branch here is a coin toss.
+    excess = int(q_round) + int(r_round) - int(b_round)
+    q_worst = int(q_off > r_off) & int(q_off > b_off)
+    b_worst = int(b_off > r_off) & (1 - q_worst)
+    a_nearest = int(q_round) - excess * q_worst
+    b_nearest = int(b_round) + excess * b_worst
     q_rest = a - a_nearest
     s_rest = b_nearest - b
     r_rest = -q_rest - s_rest
     reach = max(abs(q_rest - r_rest), max(abs(r_rest - s_rest), abs(s_rest - q_rest)))
-    return int(a_nearest), int(b_nearest), 0.5 - 0.5 * reach
+    return a_nearest, b_nearest, 0.5 - 0.5 * reach
 
 
 @inline_kernel

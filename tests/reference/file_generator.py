@@ -1,4 +1,4 @@
-"""Adversarial files for offline runs: the pings and alert events of a generated log, as rows and lines, with bad rows."""
+"""Adversarial files for offline runs: a generated log as rows and lines, with bad rows strewn in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from geoindex.entries import Alert, AlertClose, AlertRevision
-
 from tests.reference.choices import Choices, from_numpy
 from tests.reference.events import PingEvent
 from tests.reference.file_merge import AlertEvent

@@ -34,7 +34,6 @@ from geoindex.entries import (
     AlertRevision,
     Settings,
 )
-
 from tests.reference.events import DEGREE_E7
 from tests.reference.matcher import CLOCK_UNSET_MS, FROM_FUTURE, DevicePush, ReferenceMatcher
 
@@ -121,7 +120,7 @@ def clock_after(clock_ms: int, ping: PingRow, following: Iterable[PingRow], futu
 
 
 def read_ping_rows(path: Path | str) -> list[Row]:
-    """Rows of a CSV file by column name; gzip if the name ends in `.gz`. Bytes that are not UTF-8 spoil their row only."""
+    """Rows of a CSV file by column name; gzip if `.gz`. Bytes that are not UTF-8 spoil their row only."""
     opener = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         return list(csv.DictReader(file))

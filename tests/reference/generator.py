@@ -4,9 +4,9 @@
     logs()                                        a Hypothesis strategy of logs, which shrinks
 
 Every log is legal: partners are known when their devices ping, alerts are complete and valid, the clock never falls.
-No ping lies within 1 mm of any circle that any alert of the log can draw. What is left out on purpose, because the rules
-leave it open: a live window that widens, an expiry set so long past that the automatic close is overdue, an
-exercise without audience, schedule hours that are not whole milliseconds.
+No ping lies within 1 mm of any circle that any alert of the log can draw. Left out on purpose, because the rules leave
+it open: a live window that widens, an expiry set so long past that the automatic close is overdue, an exercise without
+audience, schedule hours that are not whole milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from hypothesis import strategies as st
 
 from geoindex.entries import AUTO_CLOSE_MS, DEFAULT_EXPIRY_MS, DEFAULT_SCHEDULE, HOUR_MS, OUTCOMES, Alert, Schedule
-
 from tests.reference.choices import Choices, from_hypothesis, from_numpy
 from tests.reference.events import AlertClose, AlertRevision, Event, Log, PingEvent, Settings, Tick
 from tests.reference.matcher import growth_moments_ms, ring_km
@@ -385,8 +384,8 @@ def generate_log(
 ) -> Log:
     """An adversarial log from a seeded generator: the same seed gives the same log.
 
-    `horizon_ms` is how far time may jump at once (None: one of HORIZONS_MS). For more open alerts than bits in a machine
-    word: `event_count=3000, alert_count_max=300, horizon_ms=HORIZONS_MS[0]`.
+    `horizon_ms` is how far time may jump at once (None: one of HORIZONS_MS). For more open alerts than bits in a
+    machine word: `event_count=3000, alert_count_max=300, horizon_ms=HORIZONS_MS[0]`.
     """
     return draft_log(
         from_numpy(rng),

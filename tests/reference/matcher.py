@@ -19,7 +19,6 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from geoindex.entries import AUTO_CLOSE_MS, HOUR_MS, Alert, AlertClose, AlertRevision, Settings, Tick
-
 from tests.reference.events import Event, Log, PingEvent
 
 EARTH_RADIUS_KM = 6371.0088

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import h3
 
 from geoindex.entries import Alert
-
 from tests.reference.events import DEGREE_E7
 from tests.reference.matcher import EARTH_RADIUS_KM, great_circle_km
 

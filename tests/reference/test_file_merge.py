@@ -132,17 +132,17 @@ def test_without_at_a_ping_from_the_future_is_one_after_which_the_file_goes_back
     assert _run(rows, publish(T0)) == ([_push(T0, "a"), _push(T0 + TOLERANCE, "b")], {"from_future": 1})
 
 
-@pytest.mark.parametrize(("rows_between", "refused"), [(99, {"from_future": 100}), (100, {"from_future": 100})])
-def test_without_at_the_next_100_rows_decide(rows_between: int, refused: dict[str, int]) -> None:
-    """With 99 rows between, all 100 pings are from the future. With 100, the first is a gap and "back" is merely late."""
-    ahead: list[Row] = [_row(f"ahead{index}", KM_55, T0 + HOUR) for index in range(rows_between + 1)]
+def test_without_at_a_return_within_the_next_100_rows_makes_a_ping_from_the_future() -> None:
+    ahead: list[Row] = [_row(f"ahead{index}", KM_55, T0 + HOUR) for index in range(100)]
     rows: list[Row] = [_row("a", KM_55, T0), *ahead, _row("back", KM_55, T0)]
-    pushes, counts = _run(rows, publish(T0))
-    if rows_between == 99:
-        assert (pushes, counts) == ([_push(T0, "a"), _push(T0, "back")], refused)
-    else:
-        named = [f"ahead{index}" for index in range(101)] + ["back"]
-        assert (pushes, counts) == ([_push(T0, "a"), *(_push(T0 + HOUR, name, 200) for name in named)], {})
+    assert _run(rows, publish(T0)) == ([_push(T0, "a"), _push(T0, "back")], {"from_future": 100})
+
+
+def test_without_at_a_return_after_the_next_100_rows_is_a_late_ping_after_a_gap() -> None:
+    ahead: list[Row] = [_row(f"ahead{index}", KM_55, T0 + HOUR) for index in range(101)]
+    rows: list[Row] = [_row("a", KM_55, T0), *ahead, _row("back", KM_55, T0)]
+    pushes = [_push(T0 + HOUR, f"ahead{index}", 200) for index in range(101)] + [_push(T0 + HOUR, "back", 200)]
+    assert _run(rows, publish(T0)) == ([_push(T0, "a"), *pushes], {})
 
 
 def test_without_at_malformed_rows_are_none_of_the_next_100() -> None:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from geoindex.entries import HOUR_MS, AlertRevision, Settings, Tick
-
 from tests.reference.events import Log, PingEvent
 from tests.reference.generator import HORIZONS_MS, LATE_PARTNER, generate_log, logs
 from tests.reference.matcher import ReferenceMatcher, by_device_and_alert, great_circle_km, ring_km, run_reference

@@ -15,15 +15,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from geoindex.entries import DEFAULT_EXPIRY_MS, DEFAULT_SCHEDULE, Alert, AlertClose, AlertRevision, Schedule, Settings
-from geoindex.entries import HOUR_MS as HOUR
-from geoindex.entries import Tick
-
+from geoindex.entries import (
+    DEFAULT_EXPIRY_MS,
+    DEFAULT_SCHEDULE,
+    HOUR_MS,
+    Alert,
+    AlertClose,
+    AlertRevision,
+    Schedule,
+    Settings,
+    Tick,
+)
 from tests.reference.events import DEGREE_E7, Event, PingEvent
 from tests.reference.matcher import DevicePush
 
 T0 = 1_700_000_000_000
-SECOND, MINUTE, DAY = 1000, 60_000, 24 * HOUR
+SECOND, MINUTE, HOUR, DAY = 1000, 60_000, HOUR_MS, 24 * HOUR_MS
 WINDOW, TOLERANCE = 6 * HOUR, 5 * MINUTE
 SETTINGS = Settings(shard_count=4, partners=("amap", "baidu"), live_window_ms=WINDOW, future_tolerance_ms=TOLERANCE)
 

@@ -1,0 +1,83 @@
+"""The shard machine against results pinned by hand, and against the slow reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geoindex.entries import Settings, Tick
+from geoindex.shard import SettingsRefused, ShardMachine
+from tests.geoindex.machines import run_machines
+from tests.reference.events import Log
+from tests.reference.generator import HORIZONS_MS, generate_log, logs
+from tests.reference.matcher import by_device_and_alert, run_reference
+from tests.reference.worked_examples import EXAMPLES, Example
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name.replace(" ", "_"))
+@pytest.mark.parametrize("shards", [1, 3])
+def test_worked_example(example: Example, shards: int) -> None:
+    pushes = run_machines(example.settings, example.events, shards=shards)
+    assert by_device_and_alert(pushes) == by_device_and_alert(example.expected_pushes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(log=logs(), shards=st.integers(1, 4), cuts=st.randoms(use_true_random=False), recorded=st.booleans())
+def test_any_cutting_into_batches_and_shards_gives_what_the_reference_gives(
+    log: Log, shards: int, cuts: np.random.Generator, recorded: bool
+) -> None:
+    pushes = run_machines(
+        log.settings, log.events, shards=shards, cut=lambda: cuts.random() < 0.3, recorded=recorded
+    )
+    assert by_device_and_alert(pushes) == by_device_and_alert(run_reference(log).pushes)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_long_adversarial_log_gives_what_the_reference_gives(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    log = generate_log(rng)
+    pushes = run_machines(
+        log.settings, log.events, shards=1 + seed % 5, cut=lambda: bool(rng.random() < 0.2), recorded=seed % 2 == 0
+    )
+    expected = run_reference(log).pushes
+    assert expected, "a log that pushes nothing tests nothing"
+    assert by_device_and_alert(pushes) == by_device_and_alert(expected)
+
+
+def test_more_open_alerts_than_bits_in_a_word_give_what_the_reference_gives() -> None:
+    log = generate_log(np.random.default_rng(5), event_count=3000, alert_count_max=300, horizon_ms=HORIZONS_MS[0])
+    pushes = run_machines(log.settings, log.events, shards=2, cut=lambda: False, recorded=True)
+    assert by_device_and_alert(pushes) == by_device_and_alert(run_reference(log).pushes)
+
+
+def test_a_log_must_begin_with_settings() -> None:
+    with pytest.raises(SettingsRefused, match="must begin with a settings entry"):
+        ShardMachine().apply(1, Tick())
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"format_version": 99}, "format version must be 1 for this program, the log says 99"),
+        ({"emission_version": 99}, "emission version must be 1 for this program, the log says 99"),
+        ({"hash_name": "md5"}, "hash function must be 'mum128' for this program, the log says 'md5'"),
+    ],
+)
+def test_settings_of_another_program_are_refused(changed: dict[str, object], words: str) -> None:
+    with pytest.raises(SettingsRefused, match=words):
+        ShardMachine().apply(0, Settings(**changed))  # type: ignore[arg-type]
+
+
+def test_what_places_devices_never_changes_within_a_log() -> None:
+    machine = ShardMachine()
+    machine.apply(0, Settings(shard_count=8, partners=("amap", "baidu"), hash_key=1))
+    for changed in (
+        Settings(shard_count=9, partners=("amap", "baidu"), hash_key=1),
+        Settings(shard_count=8, partners=("amap", "baidu"), hash_key=2),
+        Settings(shard_count=8, partners=("baidu", "amap"), hash_key=1),
+        Settings(shard_count=8, partners=("amap",), hash_key=1),
+    ):
+        with pytest.raises(SettingsRefused, match="must stay as the log began with it"):
+            machine.apply(1, changed)
