@@ -223,17 +223,22 @@ def _distance_km(lat: float, lng: float, lats: F64, lngs: F64) -> F64:
     return np.asarray(2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(half_chord2, 1.0))))
 
 
+def _step_end_ms(hours: float) -> int:
+    """The first whole millisecond not before `hours`, these read to the microsecond."""
+    return math.ceil(round(hours * HOUR_MS * 1000) / 1000)
+
+
 def _radius_km(alert: Alert, at_ms: int) -> float:
     """Rule 4."""
     for hours, km in alert.schedule:
-        if hours is None or at_ms - alert.missing_since_ms < round(hours * HOUR_MS):
+        if hours is None or at_ms - alert.missing_since_ms < _step_end_ms(hours):
             return km
     raise AssertionError("a schedule's last step has no end")
 
 
 def _moments(alert: Alert, after_ms: int) -> list[int]:
     """When something happens to an open alert by itself, after that time: growth while it matches, automatic close."""
-    grows = [alert.missing_since_ms + round(hours * HOUR_MS) for hours, _ in alert.schedule if hours is not None]
+    grows = [alert.missing_since_ms + _step_end_ms(hours) for hours, _ in alert.schedule if hours is not None]
     return [time_ms for time_ms in grows if after_ms < time_ms <= alert.expires_at_ms] + [
         max(alert.expires_at_ms + AUTO_CLOSE_MS, after_ms)
     ]

@@ -20,55 +20,48 @@ import orjson
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
-from flows.alert_json import AlertFileState, parse_alert_event
+from flows.alert_json import AlertEvent, AlertFileState, AlertRefused, parse_alert_event, parse_time_ms
 from flows.file_clock import LOOKAHEAD_ROWS, NO_CLOCK, clock_of_arrivals, clock_of_observations
 from flows.log import RawEntry
 from flows.match import ShardPushes, shard_key, shard_of_key
 from flows.recording import PingReader, RecordedPings, SetAside, UnreadableFile
 from flows.wire import encode_entry, split_by_shard
 from geoindex.columns import I64, PingBatch, Push
-from geoindex.entries import KINDS, AlertClose, AlertRevision, LogEntry, Settings
+from geoindex.entries import KINDS, LogEntry, Settings
 
 CHUNK_ROWS = 65_536
 
 
-@dataclass(frozen=True, slots=True)
-class TimedAlertEvent:
-    at_ms: int
-    event: AlertRevision | AlertClose
+def read_alert_events(path: Path, settings: Settings) -> tuple[list[AlertEvent], SetAside]:
+    """Alert events of a JSON-lines file, by time (file order where equal), and what was refused.
 
-
-def read_alert_events(path: Path, settings: Settings) -> tuple[list[TimedAlertEvent], SetAside]:
-    """Alert events of a JSON-lines file, by time (file order where equal), and what was refused."""
+    Events that will have no effect (a stale revision, an alert that is closed) are passed on, and noted in `refused`
+    as examples without a count.
+    """
     refused = SetAside()
-    state = AlertFileState()
-    events: list[TimedAlertEvent] = []
-    parsed: list[tuple[int, int, object, str]] = []
+    timed: list[tuple[int, int, object]] = []
     with path.open("rb") as lines:
-        for line_index, line in enumerate(lines, start=1):
-            where = f"{path}:{line_index}"
+        for line_number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                parsed.append((*_at_of(orjson.loads(line), line_index), where))
+                event = orjson.loads(line)
+                if not isinstance(event, dict):
+                    raise ValueError(f"an event must be an object, got {line[:40]!r}")
+                timed.append((parse_time_ms(event.get("at"), "at"), line_number, event))
             except ValueError as problem:
-                refused.add("alert", where, str(problem))
-    for at_ms, line_index, obj, where in sorted(parsed, key=lambda row: row[:2]):
+                refused.add("alert", f"{path}:{line_number}", str(problem))
+    timed.sort(key=lambda row: row[:2])
+    state = AlertFileState(settings.default_schedule)
+    events: list[AlertEvent] = []
+    for _, line_number, event in timed:
+        where = f"{path}:{line_number}"
         try:
-            event = parse_alert_event(obj, where, state, settings, desk_id=(at_ms, line_index))
-        except ValueError as problem:
+            events.append(parse_alert_event(event, where, state))
+        except AlertRefused as problem:
             refused.add("alert", where, str(problem).removeprefix(f"{where}: "))
-            continue
-        if event is not None:
-            events.append(TimedAlertEvent(at_ms, event))
+    refused.examples += state.notes
     return events, refused
-
-
-def _at_of(obj: object, line_index: int) -> tuple[int, int, object]:
-    """When an event happens, for sorting: (ms, line, event). Raises ValueError."""
-    if not isinstance(obj, dict) or "at" not in obj:
-        raise ValueError(f"an alert event must be an object with 'at', got {str(obj)[:80]}")
-    return event_time_ms(obj["at"], "at"), line_index, obj
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +77,7 @@ class Recording:
     """A file of pings and the alert events beside it, merged by time into one log."""
 
     pings: PingReader
-    alert_events: list[TimedAlertEvent]
+    alert_events: list[AlertEvent]
     settings: Settings
 
     _clock_ms: int = NO_CLOCK
@@ -105,7 +98,7 @@ class Recording:
         if ahead is not None:
             yield from self._merge(ahead, len(ahead))
         for timed in self.alert_events[self._next_alert :]:
-            yield TimedEntry(timed.at_ms, timed.event)
+            yield TimedEntry(timed.at_ms, timed.entry)
 
     def _merge(self, pings: RecordedPings, decided: int) -> Iterator[TimedEntry]:
         """The first `decided` rows, with the alert events that come before and between them."""
@@ -153,7 +146,7 @@ class Recording:
                 stop = int(np.searchsorted(at_ms, timed.at_ms))
                 if stop <= start:
                     self._next_alert += 1
-                    yield TimedEntry(timed.at_ms, timed.event)
+                    yield TimedEntry(timed.at_ms, timed.entry)
                     continue
             rows = slice(start, stop)
             yield TimedEntry(int(at_ms[stop - 1]), pings.batch(rows, partner_index, at_ms[rows]))

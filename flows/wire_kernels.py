@@ -11,6 +11,9 @@ import numpy as np
 from geoindex.columns import I32, I64, ID_BYTES_MAX, LAT_E7_MAX, LNG_E7_MAX, U8, U16, U32
 from geoindex.numba_typing import inline_kernel, kernel, load_u64
 
+Int = int | np.int64
+"""A whole number on either side of the compiler."""
+
 # --- msgpack ----------------------------------------------------------------------------------------------------------
 
 DEPTH_MAX = 8
@@ -27,12 +30,13 @@ TOO_MANY_FIELDS = -7
 KEY_NOT_TEXT = -8
 
 # Columns of the span table that `map_fields` fills: one row a field, positions in the payload.
-KEY_START, KEY_STOP, VALUE_START, CONTENT_START, VALUE_STOP = range(5)
-SPAN_COLUMNS = 5
+KEY_START, KEY_STOP, VALUE_START, CONTENT_START, VALUE_STOP, NUMBER = range(6)
+SPAN_COLUMNS = 6
+"""NUMBER: the value of a field that is a whole number from 0 to 2^32 - 1, otherwise -1."""
 
 
 @inline_kernel
-def _number(raw: U8, at: int, size: int) -> int:
+def _number(raw: U8, at: Int, size: Int) -> np.int64:
     """`size` (1, 2, 4) big-endian bytes at `at`, which must lie inside `raw`."""
     value = np.int64(0)
     for index in range(at, at + size):
@@ -41,8 +45,8 @@ def _number(raw: U8, at: int, size: int) -> int:
 
 
 @kernel
-def map_fields(raw: U8, span: I64, value_count_max: int) -> int:
-    """Walk one msgpack map that must fill `raw` u8[n] exactly; its fields' positions -> `span` i64[fields_max, 5].
+def map_fields(raw: U8, span: I64, value_count_max: int) -> Int:
+    """Walk one msgpack map that must fill `raw` u8[n] exactly; its fields' positions -> `span` i64[fields_max, 6].
 
     Returns the number of fields, or one of the negative answers above. Reads each byte at most once, builds nothing
     and never recurses, so a nesting bomb or a length of 4 GB costs what its few bytes cost.
@@ -105,16 +109,22 @@ def map_fields(raw: U8, span: I64, value_count_max: int) -> int:
         if length_size:
             if at + length_size > stop:
                 return TRUNCATED
-            number = _number(raw, at, length_size)
+            size = _number(raw, at, length_size)
             at += length_size
             if children == 0:
-                children = number
+                children = size
             else:
-                length = number
+                length = size
         content = at
         if length > stop - at:
             return TRUNCATED
         at += length
+
+        number = np.int64(-1)
+        if kind <= 0x7F:
+            number = np.int64(kind)
+        elif 0xCC <= kind <= 0xCE:
+            number = _number(raw, content, at - content)
 
         if depth == 0:
             if not is_map:
@@ -125,6 +135,8 @@ def map_fields(raw: U8, span: I64, value_count_max: int) -> int:
             if in_value:
                 span[field_count, VALUE_START] = head
                 span[field_count, CONTENT_START] = content
+                span[field_count, NUMBER] = number
+                span[field_count, VALUE_STOP] = at  # of a container: corrected when it closes
                 field_count += 1
             else:
                 if not is_text:
@@ -147,14 +159,12 @@ def map_fields(raw: U8, span: I64, value_count_max: int) -> int:
             depth -= 1
             if depth == 1:
                 span[field_count - 1, VALUE_STOP] = at
-        if depth == 1 and not in_value and field_count:
-            span[field_count - 1, VALUE_STOP] = at
         if depth == 0:
             return field_count if at == stop else TRAILING_BYTES
 
 
 @kernel
-def write_texts(id_bytes: U8, id_end: U32, out: U8, at: int) -> int:
+def write_texts(id_bytes: U8, id_end: U32, out: U8, at: int) -> Int:
     """Each id as a msgpack string into `out` u8[.] from position `at` on; returns the position behind the last.
 
     Ids of 1 to 64 bytes; `out` must have room for len(id_bytes) + 2 * len(id_end) bytes.
@@ -189,11 +199,11 @@ def ends_fit(id_end: U32, id_bytes_total: int) -> bool:
     for row in range(1, id_end.shape[0]):
         falls += id_end[row] < id_end[row - 1]
     last = np.int64(id_end[id_end.shape[0] - 1]) if id_end.shape[0] else np.int64(0)
-    return falls == 0 and last == id_bytes_total
+    return bool(falls == 0 and last == id_bytes_total)
 
 
 @kernel
-def common_width(id_end: U32) -> int:
+def common_width(id_end: U32) -> Int:
     """The length all ids share, in bytes, or 0 when they share none (or there are none)."""
     if id_end.shape[0] == 0:
         return 0
@@ -217,11 +227,11 @@ def is_ascii(raw: U8) -> bool:
     while at < size:
         tail |= raw[at]
         at += 1
-    return (high & np.uint64(0x8080808080808080)) == 0 and tail < 0x80
+    return bool((high & np.uint64(0x8080808080808080)) == 0 and tail < 0x80)
 
 
 @inline_kernel
-def _is_utf8(raw: U8, start: int, stop: int) -> bool:
+def _is_utf8(raw: U8, start: Int, stop: Int) -> bool:
     """Whether `raw[start:stop]` is well-formed UTF-8 (Unicode 16, table 3-7: no overlong forms, no surrogates)."""
     at = start
     while at < stop:
@@ -285,7 +295,7 @@ def any_row_suspect(partner: U16, id_bytes: U8, id_end: U32, lat_e7: I32, lng_e7
     partner_max = np.uint16(0)
     for row in range(rows):
         partner_max = max(partner_max, partner[row])
-    return wrong != 0 or (rows > 0 and np.int64(partner_max) >= partner_count) or not is_ascii(id_bytes)
+    return bool(wrong != 0 or (rows > 0 and partner_max >= partner_count) or not is_ascii(id_bytes))
 
 
 @kernel

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from geoindex import match_kernels as kernels
+from geoindex.cell_kernels import chord2_max
 from geoindex.columns import F64, U32, U64
 from geoindex.entries import AUTO_CLOSE_MS, Alert
-from geoindex.rings import Cover, chord2_max, cover_of, growth_times_ms, radius_km, unit_vector
+from geoindex.rings import Cover, cover_circle, growth_times_ms, radius_km, unit_vector
 
 ZONE_COUNT = 122 * 7**5
 WORD_ALERTS = 64
@@ -124,7 +125,7 @@ class AlertIndex:
         self.uncover(opened)
         alert = opened.alert
         opened.ring_km = radius_km(alert.schedule, now_ms - alert.missing_since_ms)
-        opened.cover = cover_of(alert.lat, alert.lng, opened.ring_km)
+        opened.cover = cover_circle(alert.lat, alert.lng, opened.ring_km)
         self.columns.chord2_max[opened.slot] = chord2_max(opened.ring_km)
         self._mark(opened.cover, opened.slot, True)
 

@@ -41,6 +41,7 @@ from geoindex.cell_kernels import (
     POSITION_COUNT,
     ROW_A,
     ROW_B,
+    SINE_COUNT,
     STEP_A,
     STEP_B,
     UNIT_RES0,
@@ -109,9 +110,8 @@ def h3_to_cells(h3_index: U64) -> U32:
     cell = np.empty(len(h3_index), dtype=np.uint32)
     bad_row = cell_kernels.parse_h3(np.ascontiguousarray(h3_index), CELL_RESOLUTION, cell_tables(), cell)
     if bad_row >= 0:
-        raise ValueError(
-            f"h3_index: must be valid cells of resolution {CELL_RESOLUTION}, got {int(h3_index[bad_row]):#x} at row {bad_row}"
-        )
+        found = f"got {int(h3_index[bad_row]):#x} at row {bad_row}"
+        raise ValueError(f"h3_index: must be valid cells of resolution {CELL_RESOLUTION}, {found}")
     return cell
 
 
@@ -128,7 +128,9 @@ def _to_h3(name: str, dense: U32, resolution: int) -> U64:
 
 def _check_column(name: str, column: npt.NDArray[np.generic], dtype: type[np.generic]) -> None:
     if not isinstance(column, np.ndarray) or column.dtype != dtype:
-        raise TypeError(f"{name}: dtype must be {np.dtype(dtype)}, got {getattr(column, 'dtype', type(column).__name__)}")
+        raise TypeError(
+            f"{name}: dtype must be {np.dtype(dtype)}, got {getattr(column, 'dtype', type(column).__name__)}"
+        )
     if column.ndim != 1:
         raise ValueError(f"{name}: must be one column, got shape {column.shape}")
 
@@ -176,9 +178,7 @@ def _turn(digit: int, turns: int) -> int:
 
 def _vector(lat: float, lng: float) -> F64:
     lat_rad, lng_rad = math.radians(lat), math.radians(lng)
-    return np.array(
-        [math.cos(lat_rad) * math.cos(lng_rad), math.cos(lat_rad) * math.sin(lng_rad), math.sin(lat_rad)]
-    )
+    return np.array([math.cos(lat_rad) * math.cos(lng_rad), math.cos(lat_rad) * math.sin(lng_rad), math.sin(lat_rad)])
 
 
 @functools.cache
@@ -188,9 +188,12 @@ def cell_tables() -> CellTables:
     pairs, turned = _digit_tables()
     pentagon = np.zeros(BASE_CELL_COUNT, dtype=np.uint8)
     pentagon[[h3.get_base_cell_number(cell) for cell in h3.get_pentagons(0)]] = 1
+    sines = np.empty(2 * SINE_COUNT)
+    cell_kernels.fill_sines(sines)
     unknown = CellTables(
-        planes=planes,
-        neighbours=neighbours,
+        sines=sines,
+        planes=planes.reshape(-1),
+        neighbours=neighbours.reshape(-1),
         face_hint=_face_hint(planes),
         canonical=np.zeros(FACE_COUNT * POSITION_COUNT * 8, dtype=np.uint16),
         pairs=pairs,
@@ -249,7 +252,8 @@ def _face_hint(planes: F64) -> U8:
     points = np.stack(
         [np.cos(lat_grid) * np.cos(lng_grid), np.cos(lat_grid) * np.sin(lng_grid), np.sin(lat_grid)], axis=-1
     )
-    return np.argmax(points @ planes[:, CENTER : CENTER + 3].T, axis=-1).astype(np.uint8)
+    nearest: U8 = np.argmax(points @ planes[:, CENTER : CENTER + 3].T, axis=-1).astype(np.uint8)
+    return nearest.reshape(-1)
 
 
 def _digit_tables() -> tuple[U16, U8]:
@@ -274,7 +278,9 @@ def _sample_face() -> C128:
     along = np.concatenate([np.linspace(0.0005, 0.9995, 2000), np.geomspace(1e-4, 0.05, 200)])
     edges = np.concatenate([p + (q - p) * along for p in corners for q in corners if p != q])
     steps = np.linspace(0.01, 0.99, 60)
-    inside = np.array([p * s + corners[2] * (1 - s) for s in steps for p in corners[0] + (corners[1] - corners[0]) * steps])
+    inside = np.array(
+        [p * s + corners[2] * (1 - s) for s in steps for p in corners[0] + (corners[1] - corners[0]) * steps]
+    )
     return np.concatenate([edges * (1 - 1e-6), inside])
 
 
@@ -295,11 +301,12 @@ def _learn(tables: CellTables, axes: C128) -> tuple[U16, npt.NDArray[np.int8]]:
     witness = {(int(position[i]), int(leading[i])): int(i) for i in np.argsort(depth)}
     found: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
     for face, ((place, raw), i) in product(range(FACE_COUNT), witness.items()):
-        point = tables.planes[face, CENTER : CENTER + 3] + UNIT_RES0 * (np.conj(sample[i]) * axes[face]).real
+        center = tables.planes[face * PLANE_COLUMNS + CENTER :][:3]
+        point = center + UNIT_RES0 * (np.conj(sample[i]) * axes[face]).real
         base_cell, digit = _ask_h3(point)
-        turns = [t for t in range(6) if _turn(raw, t) == digit] if raw else [0]
         assert (digit == 0) == (raw == 0), f"face {face}: leading digit must stay 0 or not 0, got {digit} for {raw}"
-        found.setdefault((face, place), {})[raw] = base_cell, turns[0]
+        turns = next(t for t in range(6) if _turn(raw, t) == digit)
+        found.setdefault((face, place), {})[raw] = base_cell, turns
 
     canonical = np.zeros((FACE_COUNT, POSITION_COUNT, 8), dtype=np.uint16)
     home = np.full((BASE_CELL_COUNT, 7, CANDIDATE_COUNT, 4), -1, dtype=np.int8)
@@ -314,7 +321,7 @@ def _learn(tables: CellTables, axes: C128) -> tuple[U16, npt.NDArray[np.int8]]:
             (turns,) = set(turn_of.values())
             leads = turn_of = dict.fromkeys(range(7), turns)
         for raw in range(7):
-            canonical[face, place, raw] = base_cell * 6 + turn_of.get(raw, 0)
+            canonical[face, place, raw] = base_cell | turn_of.get(raw, 0) * 49 << 7
         for raw, turns in leads.items():
             digit = _turn(raw, turns)
             home[base_cell, digit, home_count[base_cell, digit]] = face, place // 5 - 2, place % 5 - 2, turns

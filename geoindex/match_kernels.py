@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geoindex.cell_kernels import locate, unit_vector_e7
+from geoindex.cell_kernels import EARTH_RADIUS_M, CellTables, locate, ring_clearance_m, unit_vector_e7
 from geoindex.columns import I32, I64, U8, U16, U32, U64
 from geoindex.device_kernels import (
     LOCATED,
@@ -38,14 +38,10 @@ from geoindex.numba_typing import inline_kernel, kernel, prefetch
 if TYPE_CHECKING:
     from geoindex.alerts import AlertColumns
 
-EARTH_RADIUS_M = 6371008.8
-"""H3's sphere (authalic radius of WGS-84), design rule 5."""
 STAY_UNIT_E7 = 16
 STAY_MAX = 65535
 STAY_UNIT_M = math.radians(STAY_UNIT_E7 * 1e-7) * EARTH_RADIUS_M
 ROOT_HALF = math.sqrt(0.5)
-ROUNDING_M = 1e-3
-"""Taken off every clearance from a ring: a thousand times what float64 can be wrong by."""
 CELLS_PER_ZONE = 49
 BLOCK_PINGS = 32
 
@@ -99,7 +95,7 @@ def lowest_bit(word: np.uint64) -> np.int64:
 
 @inline_kernel
 def look_closely(
-    table: DeviceColumns, alerts: AlertColumns, tables: Any, row: int, hit_row: U32, hit_slot: U32, hits: int
+    table: DeviceColumns, alerts: AlertColumns, tables: CellTables, row: int, hit_row: U32, hit_slot: U32, hits: int
 ) -> np.int64:
     """Settle a device at its location: its cell, every ring it meets (appended as hits), a new stay box.
 
@@ -125,9 +121,7 @@ def look_closely(
                 if distance2 <= alerts.chord2_max[slot]:
                     told |= mask
                 else:
-                    # An arc is at least as much longer than another as its chord is.
-                    gap = math.sqrt(distance2) - math.sqrt(alerts.chord2_max[slot])
-                    clearance_m = min(clearance_m, gap * EARTH_RADIUS_M - ROUNDING_M)
+                    clearance_m = min(clearance_m, ring_clearance_m(distance2, alerts.chord2_max[slot]))
             table.told[word, row] |= told
             while told != 0:
                 bit = lowest_bit(told)
@@ -161,7 +155,7 @@ def stays(record: Any, lat_e7: np.int32, lng_e7: np.int32) -> bool:
 def apply_pings(
     table: DeviceColumns,
     alerts: AlertColumns,
-    tables: Any,
+    tables: CellTables,
     secrets: U64,
     partner: U16,
     id_bytes: U8,
@@ -253,7 +247,7 @@ def apply_pings(
 
 @kernel
 def scan_ring(
-    table: DeviceColumns, alerts: AlertColumns, slot: int, live_from_ms: int, hit_row: U32
+    table: DeviceColumns, alerts: AlertColumns, tables: CellTables, slot: int, live_from_ms: int, hit_row: U32
 ) -> int:
     """A ring that is new or has grown meets the table: rows newly inside, ascending -> `hit_row`; returns how many.
 
@@ -280,7 +274,7 @@ def scan_ring(
             continue
         if record.observed_at_ms >= live_from_ms:
             if inside == 0:
-                x, y, z = unit_vector_e7(record.lat_e7, record.lng_e7)
+                x, y, z = unit_vector_e7(record.lat_e7, record.lng_e7, tables)
                 if chord2(x, y, z, alerts.centre, slot) <= alerts.chord2_max[slot]:
                     inside = mask
             if inside != 0:

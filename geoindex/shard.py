@@ -241,7 +241,9 @@ class ShardMachine:
         self._alerts.cover_ring(opened, self.clock_ms)
         live_from_ms = self.clock_ms - self.settings.live_window_ms
         rows = np.empty(self._devices.row_count + 1, np.uint32)
-        found = kernels.scan_ring(self._devices.columns, self._alerts.columns, opened.slot, live_from_ms, rows)
+        found = kernels.scan_ring(
+            self._devices.columns, self._alerts.columns, cell_tables(), opened.slot, live_from_ms, rows
+        )
         yield from self._tell(opened, "alert", opened.alert.revision, rows[:found])
 
     def _tell(self, opened: OpenAlert, kind: str, revision: int, rows: U32) -> Iterator[Push]:

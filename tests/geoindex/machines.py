@@ -81,6 +81,10 @@ def run_machines(
         match event:
             case PingEvent():
                 if not is_well_formed(event, partners):
+                    # Its row is set aside before it reaches a machine; the rest of its entry, its time, does.
+                    for shard in range(shards):
+                        flush(shard)
+                        apply(shard, at_ms, batch_of([], partners))
                     continue
                 id_bytes, id_end = pack_ids([event.device_id])
                 partner = np.array([partners.index(event.partner_name)], np.uint16)

@@ -42,7 +42,9 @@ def _prefetch_row(table: U64, index: int) -> int:
 def test_mulhi_lo_gives_the_whole_128_bit_product() -> None:
     source = random.Random(1)
     edge = [0, 1, 2, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
-    pairs = [(a, b) for a in edge for b in edge] + [(source.getrandbits(64), source.getrandbits(64)) for _ in range(1000)]
+    pairs = [(a, b) for a in edge for b in edge] + [
+        (source.getrandbits(64), source.getrandbits(64)) for _ in range(1000)
+    ]
     a = np.array([pair[0] for pair in pairs], dtype=np.uint64)
     b = np.array([pair[1] for pair in pairs], dtype=np.uint64)
     high, low = np.empty_like(a), np.empty_like(a)

@@ -22,7 +22,7 @@ from geoindex.entries import AUTO_CLOSE_MS, HOUR_MS, Alert, AlertClose, AlertRev
 from tests.reference.events import Event, Log, PingEvent
 
 EARTH_RADIUS_KM = 6371.0088
-"""H3's own mean radius (rule 5)."""
+"""Rule 5: the mean radius of IUGG. Not that of `h3.great_circle_distance`, which is 6371.007180918475 km."""
 CLOCK_UNSET_MS = -(1 << 62)
 
 BAD_ID = "bad_id"
@@ -72,11 +72,12 @@ def great_circle_km(lat_a: float, lng_a: float, lat_b: float, lng_b: float) -> f
 
 
 def step_end_ms(hours: float) -> int:
-    """The first whole millisecond that is not before `hours`, taken as the decimal number it is written as.
+    """The first whole millisecond that is not before `hours`, read to the microsecond.
 
-    Exact on purpose: in floats 1.1 h is 3960000.0000000005 ms.
+    In floats 1.1 h is 3960000.0000000005 ms, and five seconds are 0.001388888888888889 h.
     """
-    return math.ceil(Fraction(repr(float(hours))) * HOUR_MS)
+    microseconds = round(Fraction(hours) * HOUR_MS * 1000)
+    return math.ceil(Fraction(microseconds, 1000))
 
 
 def growth_moments_ms(alert: Alert) -> list[int]:

@@ -227,6 +227,19 @@ EXAMPLES = [
     ),
     example(
         9,
+        "a closed id is never opened again",
+        [
+            ping(T0, "phone", KM_55),
+            publish(T0),
+            close(T0 + 1),
+            publish(T0 + 2, 2),
+            ping(T0 + 3, "other", KM_55),
+            close(T0 + 4, 9),
+        ],
+        [told(T0, "alert", "phone", 100), told(T0 + 1, "resolved", "phone", 100)],
+    ),
+    example(
+        9,
         "all three outcomes end an alert",
         [
             ping(T0, "phone", KM_55),
@@ -374,7 +387,6 @@ EXAMPLES = [
             ping(T0 + 1, "phone", KM_55),
             tick(EXPIRES + 30 * DAY - 1),
             ping(EXPIRES + 31 * DAY, "phone", KM_55),
-            close(EXPIRES + 32 * DAY),
             publish(EXPIRES + 33 * DAY, 9, missing_since=EXPIRES + 33 * DAY),
             ping(EXPIRES + 33 * DAY, "phone", KM_55),
         ],

