@@ -37,8 +37,8 @@ class FlowConfig:
     read_ahead_mb: int = 256
     """Entries read and not pushed yet, over all shards of the process."""
     idle_wait_ms: int = 50
-    """How long a source partition may wait when there is nothing to do; 5 in a Bytewax cluster, where other processes send
-    this worker items meanwhile."""
+    """How long a source partition may wait when there is nothing to do; 5 in a Bytewax cluster, whose other processes
+    send this worker items meanwhile."""
 
     def __post_init__(self) -> None:
         if self.valkey is not None:

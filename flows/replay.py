@@ -20,23 +20,30 @@ import orjson
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 
-from flows.alert_json import AlertEvent, AlertFileState, AlertRefused, parse_alert_event, parse_time_ms
+from flows.alert_json import AlertFileState, AlertRefused, event_time_ms, parse_alert_event
 from flows.file_clock import LOOKAHEAD_ROWS, NO_CLOCK, clock_of_arrivals, clock_of_observations
 from flows.log import RawEntry
 from flows.match import ShardPushes, shard_key, shard_of_key
 from flows.recording import PingReader, RecordedPings, SetAside, UnreadableFile
 from flows.wire import encode_entry, split_by_shard
 from geoindex.columns import I64, PingBatch, Push
-from geoindex.entries import KINDS, LogEntry, Settings
+from geoindex.entries import KINDS, AlertClose, AlertRevision, LogEntry, Settings
 
 CHUNK_ROWS = 65_536
 
 
-def read_alert_events(path: Path, settings: Settings) -> tuple[list[AlertEvent], SetAside]:
+@dataclass(frozen=True, slots=True)
+class TimedAlertEvent:
+    """An alert event and when it happened."""
+
+    at_ms: int
+    event: AlertRevision | AlertClose
+
+
+def read_alert_events(path: Path, settings: Settings) -> tuple[list[TimedAlertEvent], SetAside]:
     """Alert events of a JSON-lines file, by time (file order where equal), and what was refused.
 
-    Events that will have no effect (a stale revision, an alert that is closed) are passed on, and noted in `refused`
-    as examples without a count.
+    Events without effect (a stale revision, an alert that is closed) are left out, and noted in `refused` without a count.
     """
     refused = SetAside()
     timed: list[tuple[int, int, object]] = []
@@ -48,18 +55,21 @@ def read_alert_events(path: Path, settings: Settings) -> tuple[list[AlertEvent],
                 event = orjson.loads(line)
                 if not isinstance(event, dict):
                     raise ValueError(f"an event must be an object, got {line[:40]!r}")
-                timed.append((parse_time_ms(event.get("at"), "at"), line_number, event))
+                timed.append((event_time_ms(event.get("at"), "at"), line_number, event))
             except ValueError as problem:
                 refused.add("alert", f"{path}:{line_number}", str(problem))
     timed.sort(key=lambda row: row[:2])
-    state = AlertFileState(settings.default_schedule)
-    events: list[AlertEvent] = []
-    for _, line_number, event in timed:
+    state = AlertFileState()
+    events: list[TimedAlertEvent] = []
+    for at_ms, line_number, words in timed:
         where = f"{path}:{line_number}"
         try:
-            events.append(parse_alert_event(event, where, state))
+            event = parse_alert_event(words, where, state, settings, desk_id=(at_ms, line_number))
         except AlertRefused as problem:
             refused.add("alert", where, str(problem).removeprefix(f"{where}: "))
+            continue
+        if event is not None:
+            events.append(TimedAlertEvent(at_ms, event))
     refused.examples += state.notes
     return events, refused
 
@@ -77,7 +87,7 @@ class Recording:
     """A file of pings and the alert events beside it, merged by time into one log."""
 
     pings: PingReader
-    alert_events: list[AlertEvent]
+    alert_events: list[TimedAlertEvent]
     settings: Settings
 
     _clock_ms: int = NO_CLOCK
@@ -98,7 +108,7 @@ class Recording:
         if ahead is not None:
             yield from self._merge(ahead, len(ahead))
         for timed in self.alert_events[self._next_alert :]:
-            yield TimedEntry(timed.at_ms, timed.entry)
+            yield TimedEntry(timed.at_ms, timed.event)
 
     def _merge(self, pings: RecordedPings, decided: int) -> Iterator[TimedEntry]:
         """The first `decided` rows, with the alert events that come before and between them."""
@@ -146,7 +156,7 @@ class Recording:
                 stop = int(np.searchsorted(at_ms, timed.at_ms))
                 if stop <= start:
                     self._next_alert += 1
-                    yield TimedEntry(timed.at_ms, timed.entry)
+                    yield TimedEntry(timed.at_ms, timed.event)
                     continue
             rows = slice(start, stop)
             yield TimedEntry(int(at_ms[stop - 1]), pings.batch(rows, partner_index, at_ms[rows]))

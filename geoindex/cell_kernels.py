@@ -203,8 +203,8 @@ def unit_vector_degrees(lat: float, lng: float) -> tuple[float, float, float]:
 
 
 @inline_kernel
-def find_face(lat_e7: int, lng_e7: int, x: float, y: float, z: float, tables: CellTables) -> tuple[int, float]:
-    """The face whose centre is nearest, and the sine of the distance to its nearest edge (from inside).
+def find_face(lat_e7: int, lng_e7: int, x: float, y: float, z: float, tables: CellTables) -> int:
+    """The face whose centre is nearest: the one on whose side of its three edges the point lies.
 
     Edge normals of two neighbours are each other's exact negatives, so a point on an edge is taken by both and the
     walk cannot swing between them; the step count only guards the twelve vertices.
@@ -212,7 +212,6 @@ def find_face(lat_e7: int, lng_e7: int, x: float, y: float, z: float, tables: Ce
     planes = tables.planes
     square = ((lat_e7 + 900_000_000) >> HINT_SHIFT) * HINT_COLUMNS + ((lng_e7 + 1_800_000_000) >> HINT_SHIFT)
     face = signed(tables.face_hint[at(square)])
-    border = 0.0
     for _ in range(8):
         row = face * PLANE_COLUMNS
         edge_0 = x * planes[at(row + EDGE_0)] + y * planes[at(row + EDGE_0 + 1)] + z * planes[at(row + EDGE_0 + 2)]
@@ -223,7 +222,7 @@ def find_face(lat_e7: int, lng_e7: int, x: float, y: float, z: float, tables: Ce
             break
         side = 0 if edge_0 == border else (1 if edge_1 == border else 2)
         face = signed(tables.neighbours[at(3 * face + side)])
-    return face, border
+    return face
 
 
 @inline_kernel
@@ -306,14 +305,15 @@ def locate(lat_e7: int, lng_e7: int, tables: CellTables) -> tuple[int, float, fl
     clearance_m: a lower bound of the great-circle distance to any point that has another cell of resolution 7; 0 if
     that is a centimetre or less.
 
-    Why it is a bound: a path of length s (radians) that starts at angle t from the face's centre and stays on the
-    face moves by at most s / cos^2(t + s) in the gnomonic plane, and cos^2(t + s) >= cos^2 t - s. So with d the
-    planar distance to the hexagon's border, s = d (cos^2 t - d) cannot leave the hexagon. Beyond the face's edge
-    another lattice holds, so the distance to that edge is a bound too.
+    Why it is a bound: a path of length s (radians) that starts at angle t from the face's centre moves by at most
+    s / cos^2(t + s) in the gnomonic plane, and cos^2(t + s) >= cos^2 t - s. So with d the planar distance to the
+    hexagon's border, s = d (cos^2 t - d) cannot leave the hexagon. That holds across an edge too: unfolded, the next
+    face carries on the same lattice, and the point's mirror image is as far from that face's centre as the point
+    from its own. (Tried: ending the bound at the face's edge. Safe, not needed, and boxes there shrink to nothing.)
     """
     planes = tables.planes
     x, y, z = unit_vector_e7(lat_e7, lng_e7, tables)
-    face, border = find_face(lat_e7, lng_e7, x, y, z, tables)
+    face = find_face(lat_e7, lng_e7, x, y, z, tables)
     row = face * PLANE_COLUMNS
     cosine = x * planes[at(row + CENTER)] + y * planes[at(row + CENTER + 1)] + z * planes[at(row + CENTER + 2)]
     numerator_a = x * planes[at(row + ROW_A)] + y * planes[at(row + ROW_A + 1)] + z * planes[at(row + ROW_A + 2)]
@@ -331,7 +331,7 @@ def locate(lat_e7: int, lng_e7: int, tables: CellTables) -> tuple[int, float, fl
     one_7 = signed(turned[at(turn + digit_7)])
     cell_index = (entry & 127) * CELLS_PER_BASE + ((two_12 * 49 + two_34) * 49 + two_56) * 7 + one_7
     planar = hexagon_border * UNIT_RES7
-    angle = min(planar * (cosine * cosine - planar), border)
+    angle = planar * (cosine * cosine - planar)
     clearance_m = max(0.0, angle * (EARTH_RADIUS_M * CLEARANCE_SHARE) - CLEARANCE_SHAVED_M)
     return cell_index, x, y, z, clearance_m
 

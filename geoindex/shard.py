@@ -265,7 +265,8 @@ class ShardMachine:
 
     def _apply_pings(self, entry_at_ms: int, batch: PingBatch) -> Iterator[Push]:
         """Rules 1, 2, 6 and 7, row by row. A recording's rows carry their own clock: what is due runs between them."""
-        at_ms = np.array([entry_at_ms], np.int64) if batch.at_ms is None else batch.at_ms
+        # A copy: Numba compiles a kernel anew for a read-only column.
+        at_ms = np.array([entry_at_ms], np.int64) if batch.at_ms is None else batch.at_ms.copy()
         at_step = 0 if batch.at_ms is None else 1
         counts = np.zeros(PING_COUNTS, np.int64)
         row = 0

@@ -1,0 +1,370 @@
+"""The alert desk: alert events become durable and get their revision here, once; the relay copies them to every log.
+
+    publish / update / close ──compare and set──> desk (stream) ──relay──> log:{s0}, log:{s1}, ...
+                                                   │                        with relay:{s} = desk id, in one MULTI a shard
+                                                   └─ alert:{desk}:<id>     newest revision, state, words
+
+One stream orders all events, so every shard sees them in one order. The relay may be run by anybody, at any time, by
+several at once: a shard machine ignores a desk id that is not above the last it saw. The clock is the server's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import msgpack
+import redis
+
+from flows.alert_json import AlertRefused, Changes, check_alert, check_outcome, merge_alert
+from flows.log import (
+    FIRST,
+    LogId,
+    SettingsMismatch,
+    format_id,
+    last_id,
+    log_key,
+    parse_id,
+    read_settings,
+    relay_key,
+)
+from flows.metrics import METRICS, Metrics
+from flows.server import LinkOpener, ServerRefused
+from flows.wire import MalformedEntry, decode_entry, encode_entry
+from geoindex.entries import AUTO_CLOSE_MS, Alert, AlertClose, AlertRevision
+
+logger = logging.getLogger(__name__)
+
+DESK_KEY = "desk"
+ALERT_IDS_KEY = "alerts:{desk}"
+"""Sorted set: alert ids by the ms of their publishing."""
+RELAY_EVENTS_MAX = 100
+"""Events of one MULTI."""
+RELAY_BLOCK_S = 5.0
+
+UNASSIGNED: LogId = (0, 0)
+"""Desk id of an event that the desk has not ordered yet: what stands in the desk's own payloads."""
+
+
+class RevisionConflict(Exception):
+    """Somebody edited the alert in between: look at it again, and edit what it is now."""
+
+    def __init__(self, alert_id: str, known: int, expected: int) -> None:
+        super().__init__(f"alert {alert_id!r}: the known revision is {known}, the edit was made to {expected}")
+        self.known = known
+        self.expected = expected
+
+
+@dataclass(frozen=True, slots=True)
+class DeskAnswer:
+    """An event is durable. It reaches the phones when its copies are in the logs: `Desk.wait_copied(desk_id)`."""
+
+    revision: int
+    desk_id: LogId
+
+
+@dataclass(frozen=True, slots=True)
+class DeskAlert:
+    """An alert as the desk knows it. Times in ms since 1970, by the server's clock."""
+
+    alert: Alert
+    outcome: str | None
+    """None: open."""
+    content: dict[str, str]
+    published_at_ms: int
+    changed_at_ms: int
+
+    def is_open(self, now_ms: int) -> bool:
+        """Neither closed nor, left open for 30 days past its expiry, closed by itself (rule 12)."""
+        return self.outcome is None and now_ms < self.alert.expires_at_ms + AUTO_CLOSE_MS
+
+
+def alert_key(alert_id: str) -> str:
+    """State, revision and words of one alert; of the same hash tag as `desk`."""
+    return f"alert:{{desk}}:{alert_id}"
+
+
+class Desk:
+    """Publish, edit, close and look at alerts. Thread-safe. Methods raise redis.RedisError.
+
+    After a lost connection an event may or may not be on the desk: `show` tells.
+    """
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+
+    def publish(self, alert: Alert, content: Mapping[str, str] | None = None) -> DeskAnswer:
+        """A new alert; its revision becomes 1, whatever `alert` says. Raises AlertRefused: faulty, or the id is taken."""
+        alert = replace(alert, revision=1)
+        try:
+            check_alert(alert)
+        except ValueError as error:
+            raise AlertRefused(f"alert {alert.alert_id!r}: {error}") from None
+
+        def change(known: DeskAlert | None, now_ms: int) -> tuple[AlertRevision, DeskAlert]:
+            if known is not None:
+                state = "is open" if known.is_open(now_ms) else f"was closed as {known.outcome or 'cancelled'}"
+                raise AlertRefused(
+                    f"alert {alert.alert_id!r}: was published before and {state}; edit it, or take another id"
+                )
+            return (
+                AlertRevision("publish", alert, UNASSIGNED),
+                DeskAlert(alert, None, dict(content or {}), now_ms, now_ms),
+            )
+
+        return self._change(alert.alert_id, None, change)
+
+    def update(
+        self,
+        alert_id: str,
+        changes: Changes,
+        expected_revision: int | None = None,
+        content: Mapping[str, str] | None = None,
+    ) -> DeskAnswer:
+        """Edit an open alert: what `changes` (see `alert_json.merge_alert`) does not say stays as it is.
+
+        `expected_revision`: the one that the officer saw; None edits whatever is there. `content`: words to replace.
+        Raises RevisionConflict; AlertRefused: unknown, closed, faulty, or a change of status.
+        """
+
+        def change(known: DeskAlert | None, now_ms: int) -> tuple[AlertRevision, DeskAlert]:
+            known = _open_alert(known, alert_id, now_ms)
+            try:
+                alert = merge_alert(known.alert, changes, known.alert.revision + 1)
+            except ValueError as error:
+                raise AlertRefused(f"alert {alert_id!r}: {error}") from None
+            words = known.content | dict(content or {})
+            return (
+                AlertRevision("update", alert, UNASSIGNED),
+                replace(known, alert=alert, content=words, changed_at_ms=now_ms),
+            )
+
+        return self._change(alert_id, expected_revision, change)
+
+    def close(self, alert_id: str, outcome: str, expected_revision: int | None = None) -> DeskAnswer:
+        """End an open alert; everyone told is told so. Raises RevisionConflict; AlertRefused: unknown, closed before."""
+        try:
+            check_outcome(outcome)
+        except ValueError as error:
+            raise AlertRefused(f"alert {alert_id!r}: {error}") from None
+
+        def change(known: DeskAlert | None, now_ms: int) -> tuple[AlertClose, DeskAlert]:
+            known = _open_alert(known, alert_id, now_ms)
+            alert = replace(known.alert, revision=known.alert.revision + 1)
+            return (
+                AlertClose(alert_id, alert.revision, outcome, UNASSIGNED),
+                replace(known, alert=alert, outcome=outcome, changed_at_ms=now_ms),
+            )
+
+        return self._change(alert_id, expected_revision, change)
+
+    def show(self, alert_id: str) -> DeskAlert | None:
+        """One alert; None if there never was one of this id."""
+        return _read_state(self._client.get(alert_key(alert_id)))
+
+    def list(self, only_open: bool = False) -> list[DeskAlert]:
+        """All alerts, the last published first."""
+        ids = cast("list[bytes]", self._client.zrevrange(ALERT_IDS_KEY, 0, -1))
+        if not ids:
+            return []
+        states = cast("list[bytes | None]", self._client.mget([alert_key(raw.decode()) for raw in ids]))
+        alerts = [state for state in map(_read_state, states) if state is not None]
+        if not only_open:
+            return alerts
+        now_ms = self.now_ms()
+        return [alert for alert in alerts if alert.is_open(now_ms)]
+
+    def now_ms(self) -> int:
+        """The desk's clock: the server's."""
+        seconds, microseconds = cast("tuple[int, int]", self._client.time())
+        return seconds * 1000 + microseconds // 1000
+
+    def wait_copied(self, desk_id: LogId, timeout_s: float) -> bool:
+        """Wait until an event is in every log; whether it was within the timeout."""
+        settings = read_settings(self._client)
+        if settings is None:
+            return False
+        keys = [relay_key(shard) for shard in range(settings.shard_count)]
+        deadline_s = time.monotonic() + timeout_s
+        pause_s = 0.001
+        while True:
+            copied = cast("list[bytes | None]", self._client.mget(keys))
+            if all(raw is not None and parse_id(raw) >= desk_id for raw in copied):
+                return True
+            if time.monotonic() + pause_s > deadline_s:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(0.05, pause_s * 2)
+
+    def _change(self, alert_id: str, expected_revision: int | None, change: Any) -> DeskAnswer:
+        """Compare and set: the event and the alert's new state in one MULTI, if the state is still what was read."""
+        key = alert_key(alert_id)
+        while True:
+            with self._client.pipeline(transaction=True) as pipeline:
+                cast(Any, pipeline).watch(key)
+                known = _read_state(cast("bytes | None", self._client.get(key)))
+                if expected_revision is not None and known is not None and known.alert.revision != expected_revision:
+                    raise RevisionConflict(alert_id, known.alert.revision, expected_revision)
+                event, state = change(known, self.now_ms())
+                kind, payload = encode_entry(event)
+                pipeline.multi()
+                pipeline.xadd(DESK_KEY, {kind: payload})
+                pipeline.set(key, _write_state(state))
+                pipeline.zadd(ALERT_IDS_KEY, {alert_id: state.published_at_ms})
+                try:
+                    desk_id = parse_id(pipeline.execute()[0])
+                except redis.WatchError:
+                    continue  # somebody was faster: look again, which for a stale edit ends in RevisionConflict
+            return DeskAnswer(state.alert.revision, desk_id)
+
+
+def _open_alert(known: DeskAlert | None, alert_id: str, now_ms: int) -> DeskAlert:
+    if known is None:
+        raise AlertRefused(f"alert {alert_id!r}: was never published")
+    if not known.is_open(now_ms):
+        raise AlertRefused(f"alert {alert_id!r}: was closed as {known.outcome or 'cancelled'}, and stays so")
+    return known
+
+
+def _write_state(state: DeskAlert) -> bytes:
+    _, payload = encode_entry(AlertRevision("publish", state.alert, UNASSIGNED))
+    fields = {
+        "alert": payload,
+        "outcome": state.outcome,
+        "content": state.content,
+        "published_at_ms": state.published_at_ms,
+        "changed_at_ms": state.changed_at_ms,
+    }
+    return cast(bytes, msgpack.packb(fields))
+
+
+def _read_state(raw: object) -> DeskAlert | None:
+    if raw is None:
+        return None
+    fields = msgpack.unpackb(cast(bytes, raw))
+    revision = decode_entry(b"publish", fields["alert"])
+    assert isinstance(revision, AlertRevision), "the desk keeps revisions"
+    return DeskAlert(
+        revision.alert, fields["outcome"], fields["content"], fields["published_at_ms"], fields["changed_at_ms"]
+    )
+
+
+# --- the relay --------------------------------------------------------------------------------------------------------
+
+
+class Relay:
+    """Copies desk events to the shard logs, in desk order. Idempotent; any number may run at once."""
+
+    def __init__(self, client: redis.Redis, metrics: Metrics = METRICS) -> None:
+        self._client = client
+        self._metrics = metrics
+
+    def copy_pending(self) -> LogId:
+        """Copy what any log still lacks; returns the last desk id that is in all of them.
+
+        Raises SettingsMismatch if there are no logs yet; redis.RedisError: then call again, nothing is copied twice
+        that matters.
+        """
+        settings = read_settings(self._client)
+        if settings is None:
+            raise SettingsMismatch("there are no logs yet to copy alerts to; start `tuanyuan run` first")
+        return min(self._copy_to(shard) for shard in range(settings.shard_count))
+
+    def _copy_to(self, shard: int) -> LogId:
+        """Copy what one shard's log lacks; returns the last desk id that it has."""
+        while True:
+            with self._client.pipeline(transaction=True) as pipeline:
+                # Watched, so that a slow relay does not turn `relay` back behind a faster one's copies.
+                cast(Any, pipeline).watch(relay_key(shard))
+                raw = cast("bytes | None", self._client.get(relay_key(shard)))
+                copied = FIRST if raw is None else parse_id(raw)
+                events = self._events_after(copied)
+                if not events:
+                    return copied
+                pipeline.multi()
+                for desk_id, fields in events:
+                    entry = self._entry(desk_id, fields)
+                    if entry is not None:
+                        kind, payload = entry
+                        pipeline.xadd(log_key(shard), {kind: payload})
+                pipeline.set(relay_key(shard), format_id(events[-1][0]))
+                try:
+                    pipeline.execute()
+                except redis.WatchError:
+                    continue
+
+    def _events_after(self, desk_id: LogId) -> list[tuple[LogId, Mapping[bytes, bytes]]]:
+        entries = cast(
+            "list[tuple[bytes, dict[bytes, bytes]]]",
+            self._client.xrange(DESK_KEY, min=f"({format_id(desk_id)}", count=RELAY_EVENTS_MAX),
+        )
+        return [(parse_id(raw_id), fields) for raw_id, fields in entries]
+
+    def _entry(self, desk_id: LogId, fields: Mapping[bytes, bytes]) -> tuple[bytes, bytes] | None:
+        """An event with its desk id in it; None, counted and logged, if what stands on the desk is no event."""
+        try:
+            if len(fields) != 1:
+                raise MalformedEntry(f"must have one field, got {len(fields)}")
+            ((kind, payload),) = fields.items()
+            event = decode_entry(kind, payload)
+            if not isinstance(event, AlertRevision | AlertClose):
+                raise MalformedEntry(f"must be an alert event, got {kind[:32]!r}")
+        except MalformedEntry as malformed:
+            self._metrics.count("malformed_entries_total")
+            logger.error("desk entry %s is passed over: %s", format_id(desk_id), malformed)
+            return None
+        return encode_entry(replace(event, desk_id=desk_id))
+
+
+class RelayThread:
+    """A safety net in every flow process: copies what a crashed publisher left on the desk, and waits for more."""
+
+    def __init__(self, client: redis.Redis, open_link: LinkOpener, metrics: Metrics = METRICS) -> None:
+        self._client = client
+        self._open_link = open_link
+        self._relay = Relay(client, metrics)
+        self._link: Any = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="desk-relay", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Stop and wait for the thread's end."""
+        self._stopping.set()
+        link = self._link
+        if link is not None:
+            link.close()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                if self._link is None:
+                    self._link = self._open_link()
+                copied = self._relay.copy_pending()
+                failures = 0
+                if self._stopping.is_set():
+                    break
+                # Wakes up with the desk's next event.
+                self._link.ask(
+                    "XREAD", "COUNT", 1, "BLOCK", round(RELAY_BLOCK_S * 1000), "STREAMS", DESK_KEY, format_id(copied)
+                )
+            except (redis.RedisError, ServerRefused, SettingsMismatch) as error:
+                if self._link is not None:
+                    self._link.close()
+                    self._link = None
+                if self._stopping.is_set():
+                    break
+                failures += 1
+                if failures & (failures - 1) == 0:
+                    logger.warning("alert events cannot be copied to the logs (try %d): %s", failures, error)
+                self._stopping.wait(min(1.0, 0.02 * 2 ** min(failures, 8)))
+        if self._link is not None:
+            self._link.close()

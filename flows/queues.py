@@ -1,0 +1,550 @@
+"""Push queues: one stream a shard and partner, written exactly once and in log order, read by consumer groups.
+
+The id of a push entry is derived from the log entry that caused it:
+
+    log entry    <ms>-<seq>
+    its pushes   <ms>-<seq << 24 | k>,   k = 1, 2, ... within one queue and log entry
+
+so that writing the same pushes again, after a crash or by a second worker, is refused entry by entry: the server takes
+no id that is not larger than the stream's last. This holds as long as the pushes of a shard go out in log order and
+none is skipped, hence:
+
+    submit ──> waiting entries of each shard ──> one MULTI {XADD ..., SET done:{s} <last log id>} ──> confirmed
+                                                   └── sent again, the same, until nothing but success or
+                                                       "equal or smaller" comes back
+
+A MULTI carries as many log entries as wait, in log order, up to a size: entries without pushes cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import redis
+
+from flows.log import LogId, RawEntry, done_key, format_id, parse_id, push_key
+from flows.metrics import METRICS, Metrics
+from flows.server import Link, LinkOpener, ServerRefused, packed
+from flows.wire import MalformedEntry, PushEntry, decode_push, encode_push
+from geoindex.columns import Push
+
+logger = logging.getLogger(__name__)
+
+PUSH_BITS = 24
+PUSH_COUNT_MAX = (1 << PUSH_BITS) - 1
+"""Push entries of one queue that one log entry can cause: with 1,000 ids each, 16 thousand million phones."""
+SEQ_MAX = 1 << (64 - PUSH_BITS)
+
+BLOCK_BYTES_MAX = 1 << 20
+"""Of one MULTI: about 35 full push entries. Larger ones were not faster, and hold up the server's other clients."""
+BLOCK_ENTRIES_MAX = 4096
+DONE_INTERVAL_S = 0.02
+"""`done` moves at most this often when there is nothing to push: every SET is an fsync."""
+BACKOFF_S = (0.02, 1.0)
+"""Before a MULTI that failed is sent again: first, and at most."""
+
+_TOO_SMALL = "equal or smaller"
+"""What the server says of an id that is not larger than the last: that entry is there already."""
+
+
+def push_id(log_id: LogId, push_number: int) -> LogId:
+    """Id of the k-th push entry of one queue that a log entry caused, k from 1."""
+    ms, seq = log_id
+    assert 1 <= push_number <= PUSH_COUNT_MAX, f"a log entry causes at most 2^24 - 1 entries a queue, got {push_number}"
+    assert 0 <= seq < SEQ_MAX, f"a log entry's sequence number must be below 2^40, got {seq}"
+    return ms, seq << PUSH_BITS | push_number
+
+
+def log_id_of(entry_id: LogId) -> LogId:
+    """The log entry that caused a push entry."""
+    return entry_id[0], entry_id[1] >> PUSH_BITS
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """One log entry that has passed through the shard machine."""
+
+    log_id: LogId
+    run_id: str
+    pushes: Sequence[Push]
+    partners: Sequence[str]
+
+
+@dataclass(slots=True)
+class _Block:
+    """One MULTI, ready to be sent as often as it takes."""
+
+    parts: list[bytes]
+    xadd_count: int
+    last: _Waiting
+    entry_count: int
+    tallies: list[tuple[str, str, int, int]]
+    """(partner, kind, devices, ms of the log entry), for metrics."""
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The writer's view of one shard."""
+
+    waiting: deque[_Waiting] = field(default_factory=deque)
+    block: _Block | None = None
+    """Sent, or to be sent again: nothing else of this shard goes out before it is confirmed."""
+    done_at_s: float = 0.0
+    retry_at_s: float = 0.0
+    failures: int = 0
+
+
+class PushWriter:
+    """Writes what the shard machines cause. One thread and one link for all shards of the process. Thread-safe.
+
+        sink      writer.submit(raw, pushes, partners)      for *every* log entry, in log order; never blocks
+        writer    on_done(shard, log_id)                    from its thread: all up to log_id is in the queues
+
+    What bounds the waiting entries is the reader's credit, released by `on_done`. A block that the server does not take
+    is sent again for as long as it takes, with a log line and `push_write_errors_total`; other shards go on meanwhile.
+    Entries read under another run of the server are dropped: after a change of run the shard reloads and they come again.
+    """
+
+    def __init__(
+        self,
+        open_link: LinkOpener,
+        on_done: Callable[[int, LogId], None] = lambda shard, log_id: None,
+        metrics: Metrics = METRICS,
+    ) -> None:
+        self._open_link = open_link
+        self._on_done = on_done
+        self._metrics = metrics
+        self._lanes: dict[int, _Lane] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._draining = False
+        self._link: Link | None = None
+        self._former_runs: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._link_failures = 0
+        self._link_retry_at_s = 0.0
+
+    # Called by the flow, from its threads.
+
+    def start(self) -> None:
+        """Start the writing thread."""
+        assert self._thread is None, "a writer starts once"
+        self._thread = threading.Thread(target=self._run, name="push-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, raw: RawEntry, pushes: Sequence[Push], partners: Sequence[str]) -> None:
+        """One log entry has passed through its machine. `partners`: names by `Push.partner`. Never blocks.
+
+        Raises RuntimeError if the writing thread has died of a programming error.
+        """
+        with self._changed:
+            if self._failure is not None:
+                raise RuntimeError("the push writer has failed") from self._failure
+            lane = self._lanes.setdefault(raw.shard, _Lane())
+            was_empty = not lane.waiting
+            lane.waiting.append(_Waiting(raw.log_id, raw.run_id, pushes, partners))
+            if pushes or was_empty:
+                self._changed.notify_all()
+
+    def waiting_count(self) -> int:
+        """Log entries submitted and not confirmed yet."""
+        with self._changed:
+            return sum(
+                len(lane.waiting) + (lane.block.entry_count if lane.block else 0) for lane in self._lanes.values()
+            )
+
+    def drain(self, timeout_s: float) -> bool:
+        """Write `done` without delay and wait until everything is confirmed; whether it was within the timeout."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+            try:
+                while any(lane.waiting or lane.block for lane in self._lanes.values()):
+                    left_s = deadline_s - time.monotonic()
+                    if left_s <= 0 or self._failure is not None or self._stopping:
+                        return False
+                    self._changed.wait(left_s)
+                return True
+            finally:
+                self._draining = False
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Stop, whatever still waits: it is in the log, and will be written by whoever replays it."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s / 2)
+            if self._thread.is_alive() and self._link is not None:
+                self._link.close()  # a server that hangs
+                self._thread.join(timeout_s / 2)
+
+    # The writing thread.
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    while not self._stopping and (pause_s := self._pause_s()) > 0:
+                        self._changed.wait(None if pause_s == float("inf") else pause_s)
+                    if self._stopping:
+                        return
+                self.step()
+        except BaseException as error:
+            logger.exception("the push writer has failed")
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+        finally:
+            if self._link is not None:
+                self._link.close()
+
+    def _pause_s(self) -> float:
+        """How long until a shard has something to send; infinity if nothing waits."""
+        now_s = time.monotonic()
+        pause_s = float("inf")
+        for lane in self._lanes.values():
+            if lane.block is not None:
+                pause_s = min(pause_s, lane.retry_at_s - now_s)
+            elif lane.waiting:
+                soon = self._draining or any(entry.pushes for entry in lane.waiting)
+                pause_s = min(pause_s, 0.0 if soon else lane.done_at_s + DONE_INTERVAL_S - now_s)
+        return max(pause_s, self._link_retry_at_s - now_s) if pause_s != float("inf") else pause_s
+
+    def step(self) -> None:
+        """One round: a block of every shard that has one due, all sent before the first reply is read.
+
+        Public for simulators, which call it instead of `start`.
+        """
+        try:
+            link = self._opened_link()
+            due = self._due_blocks(link)
+            if not due:
+                return
+            for _, block in due:
+                link.send(block.parts)
+            for shard, block in due:
+                self._settle(link, shard, block, self._replies(link, block))
+        except (redis.RedisError, ServerRefused) as error:
+            self._break_link(error)
+
+    def _due_blocks(self, link: Link) -> list[tuple[int, _Block]]:
+        now_s = time.monotonic()
+        due: list[tuple[int, _Block]] = []
+        with self._changed:
+            lanes = list(self._lanes.items())
+        for shard, lane in lanes:
+            if not self._is_of_this_run(link, lane):
+                link = self._opened_link()
+            with self._changed:
+                self._drop_former(shard, lane)
+                taken: list[_Waiting] = []
+                if lane.block is None and lane.waiting:
+                    has_pushes = self._draining or any(entry.pushes for entry in lane.waiting)
+                    if has_pushes or now_s >= lane.done_at_s + DONE_INTERVAL_S:
+                        taken = self._take(lane)
+            if taken:
+                lane.block = _block(shard, taken)
+            if lane.block is not None and now_s >= lane.retry_at_s:
+                due.append((shard, lane.block))
+        return due
+
+    def _take(self, lane: _Lane) -> list[_Waiting]:
+        """The entries of the next block: as many as fit, one at least."""
+        taken: list[_Waiting] = []
+        size_bytes = 0
+        while lane.waiting and len(taken) < BLOCK_ENTRIES_MAX:
+            size_bytes += sum(len(push.id_bytes) + 2 * len(push.id_end) + 200 for push in lane.waiting[0].pushes)
+            if taken and size_bytes > BLOCK_BYTES_MAX:
+                break
+            taken.append(lane.waiting.popleft())
+        return taken
+
+    def _replies(self, link: Link, block: _Block) -> str | None:
+        """Why the block was not taken, or None if all of it is in the queues. Reads every reply of the MULTI."""
+        problem: str | None = None
+        for _ in range(block.xadd_count + 2):  # MULTI, the XADDs, SET: "OK" and "QUEUED"
+            reply = link.receive()
+            if isinstance(reply, redis.ResponseError) and problem is None:
+                problem = str(reply)
+        results = link.receive()
+        if isinstance(results, redis.ResponseError):
+            return problem or str(results)
+        for result in cast(list[object], results):
+            if isinstance(result, Exception) and _TOO_SMALL not in str(result):
+                return str(result)
+        return None
+
+    def _settle(self, link: Link, shard: int, block: _Block, problem: str | None) -> None:
+        lane = self._lanes[shard]
+        now_s = time.monotonic()
+        if problem is not None:
+            lane.failures += 1
+            lane.retry_at_s = now_s + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(lane.failures, 10))
+            self._metrics.count("push_write_errors_total", shard=str(shard))
+            if lane.failures & (lane.failures - 1) == 0:  # 1st, 2nd, 4th, 8th ...
+                logger.warning(
+                    "shard %d: pushes up to log entry %s were not taken (try %d), and are sent again: %s",
+                    shard,
+                    format_id(block.last.log_id),
+                    lane.failures,
+                    problem,
+                )
+            return
+        if lane.failures:
+            logger.warning("shard %d: pushes go out again, after %d failed tries", shard, lane.failures)
+        now_ms = link.now_ms()
+        for partner, kind, device_count, caused_ms in block.tallies:
+            self._metrics.count("pushes_total", device_count, partner=partner, kind=kind)
+            self._metrics.observe("publish_to_queue_ms", max(0.0, now_ms - caused_ms), device_count)
+        self._metrics.count("push_entries_total", block.xadd_count)
+        with self._changed:
+            lane.block, lane.failures, lane.retry_at_s, lane.done_at_s = None, 0, 0.0, now_s
+            self._changed.notify_all()
+        self._on_done(shard, block.last.log_id)
+
+    # The link, and the run of the server it belongs to.
+
+    def _opened_link(self) -> Link:
+        if self._link is None:
+            self._link = self._open_link()
+            self._link_failures = 0
+        return self._link
+
+    def _is_of_this_run(self, link: Link, lane: _Lane) -> bool:
+        """Whether the lane's next entry was read under the link's run, or under one known to be over.
+
+        Otherwise the link may be the one that is out of date: it is opened anew, which tells.
+        """
+        with self._changed:
+            head = lane.block.last if lane.block else lane.waiting[0] if lane.waiting else None
+        if head is None or head.run_id == link.run_id or head.run_id in self._former_runs:
+            return True
+        former = link.run_id
+        link.close()
+        self._link = None
+        link = self._opened_link()
+        self._former_runs.add(former if link.run_id == head.run_id else head.run_id)
+        return False
+
+    def _drop_former(self, shard: int, lane: _Lane) -> None:
+        """Drop entries of runs that are over: nobody knows whether this run still has their log entries."""
+        if not self._former_runs:
+            return
+        before = len(lane.waiting) + (lane.block is not None)
+        if lane.block is not None and lane.block.last.run_id in self._former_runs:
+            lane.block, lane.failures, lane.retry_at_s = None, 0, 0.0
+        while lane.waiting and lane.waiting[0].run_id in self._former_runs:
+            lane.waiting.popleft()
+        dropped = before - len(lane.waiting) - (lane.block is not None)
+        if dropped:
+            logger.warning("shard %d: dropped what was read from a run of the server that is over", shard)
+            self._metrics.count("push_drops_total", dropped, shard=str(shard))
+            self._changed.notify_all()
+
+    def _break_link(self, error: Exception) -> None:
+        """Close the link after an error and say so. Every block that was under way is sent again on the next."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        if self._stopping:
+            return
+        self._link_failures += 1
+        self._link_retry_at_s = time.monotonic() + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(self._link_failures, 10))
+        self._metrics.count("push_link_errors_total")
+        if self._link_failures & (self._link_failures - 1) == 0:
+            logger.warning("pushes wait for the server (try %d): %s", self._link_failures, error)
+
+
+def _block(shard: int, entries: Sequence[_Waiting]) -> _Block:
+    """One MULTI for consecutive log entries of a shard: their pushes in order, then `done`."""
+    parts = [packed("MULTI")]
+    tallies: list[tuple[str, str, int, int]] = []
+    keys: dict[str, bytes] = {}
+    for entry in entries:
+        ms = entry.log_id[0]
+        push_numbers: dict[str, int] = {}
+        for push in entry.pushes:
+            partner = entry.partners[push.partner]
+            number = push_numbers[partner] = push_numbers.get(partner, 0) + 1
+            key = keys.get(partner)
+            if key is None:
+                key = keys[partner] = push_key(shard, partner).encode()
+            entry_id = format_id(push_id(entry.log_id, number)).encode()
+            kind = push.kind.encode()
+            payload = encode_push(push)
+            parts += (
+                b"*5\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n"
+                % (len(key), key, len(entry_id), entry_id, len(kind), kind, len(payload)),
+                payload,
+                b"\r\n",
+            )
+            tallies.append((partner, push.kind, len(push.id_end), ms))
+    last = entries[-1]
+    parts.append(packed("SET", done_key(shard), format_id(last.log_id)) + packed("EXEC"))
+    return _Block(parts, len(tallies), last, len(entries), tallies)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+CLAIM_AFTER_S = 60.0
+"""A push that its consumer has not acknowledged for this long is given to another one."""
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One queue entry as it was handed to a consumer. To be acknowledged when it has been dealt with."""
+
+    stream: str
+    entry_id: LogId
+    push: PushEntry | None
+    fault: str | None
+    """Why there is no push: the entry cannot be decoded."""
+
+
+class Consumer:
+    """One consumer of a partner's queues, over all shards. At least once: whoever reads deduplicates on stream and id.
+
+        consumer = Consumer(client, "amap", shard_count)
+        while True:
+            for delivery in consumer.read():
+                ...
+                consumer.acknowledge([delivery])
+
+    For one thread. Methods raise redis.RedisError; reading again later loses nothing.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        partner: str,
+        shard_count: int,
+        group: str = "default",
+        consumer: str = "consumer",
+        claim_after_s: float = CLAIM_AFTER_S,
+    ) -> None:
+        """`group`: who shares the work; each group gets every push. `consumer`: a name unique in the group.
+
+        Raises ValueError for names with spaces.
+        """
+        for name, value in (("group", group), ("consumer", consumer)):
+            if not _NAME.fullmatch(value):
+                raise ValueError(f"{name} must have 1 to 128 characters and no spaces, got {value[:140]!r}")
+        self._client = client
+        self._streams = [push_key(shard, partner) for shard in range(shard_count)]
+        self._group, self._consumer = group, consumer
+        self._claim_after_s = claim_after_s
+        self._claim_at_s = 0.0
+        self._unfinished = {stream: "0-0" for stream in self._streams}
+        """Where to go on in what this consumer was given before and did not acknowledge."""
+
+    def create_groups(self) -> None:
+        """Make sure that the group exists on every shard's queue, from its beginning. Does nothing the second time."""
+        for stream in self._streams:
+            try:
+                self._client.xgroup_create(stream, self._group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    def read(self, entries_max: int = 100, block_s: float = 1.0) -> list[Delivery]:
+        """The next entries: first those of an earlier life of this consumer, then others' that were given up, then new.
+
+        Waits up to `block_s` (at most 5; 0: not at all) when there is nothing. `entries_max`: per shard.
+        """
+        found = self._own_unfinished(entries_max) or self._claimed(entries_max)
+        if found:
+            return found
+        block_ms = max(1, round(min(block_s, 5.0) * 1000)) if block_s else None
+        try:
+            reply = self._client.xreadgroup(
+                self._group, self._consumer, dict.fromkeys(self._streams, ">"), count=entries_max, block=block_ms
+            )
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self.create_groups()
+            return []
+        return list(_deliveries(reply))
+
+    def acknowledge(self, deliveries: Iterable[Delivery]) -> int:
+        """These have been dealt with; how many were still this group's to acknowledge."""
+        ids: dict[str, list[str]] = {}
+        for delivery in deliveries:
+            ids.setdefault(delivery.stream, []).append(format_id(delivery.entry_id))
+        with self._client.pipeline(transaction=False) as pipeline:
+            for stream, entry_ids in ids.items():
+                pipeline.xack(stream, self._group, *entry_ids)
+            return sum(cast(list[int], pipeline.execute()))
+
+    def _own_unfinished(self, entries_max: int) -> list[Delivery]:
+        if not self._unfinished:
+            return []
+        try:
+            reply = self._client.xreadgroup(self._group, self._consumer, dict(self._unfinished), count=entries_max)
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self.create_groups()
+            return []
+        unfinished: dict[str, str] = {}
+        for stream, entries in cast(Any, reply):
+            if entries:
+                unfinished[stream.decode()] = entries[-1][0].decode()
+        self._unfinished = unfinished
+        return list(_deliveries(reply))
+
+    def _claimed(self, entries_max: int) -> list[Delivery]:
+        """What other consumers were given and did not acknowledge in time; asked for ten times in that time."""
+        now_s = time.monotonic()
+        if now_s < self._claim_at_s:
+            return []
+        self._claim_at_s = now_s + self._claim_after_s / 10
+        with self._client.pipeline(transaction=False) as pipeline:
+            for stream in self._streams:
+                pipeline.xautoclaim(
+                    stream,
+                    self._group,
+                    self._consumer,
+                    min_idle_time=round(self._claim_after_s * 1000),
+                    count=entries_max,
+                )
+            replies = pipeline.execute(raise_on_error=False)
+        found: list[Delivery] = []
+        for stream, reply in zip(self._streams, replies, strict=True):
+            if isinstance(reply, redis.ResponseError):
+                if "NOGROUP" not in str(reply):
+                    raise reply
+                self.create_groups()
+                continue
+            found += _deliveries([(stream.encode(), reply[1])])
+        return found
+
+
+def _deliveries(reply: Any) -> Iterator[Delivery]:
+    for stream, entries in reply or []:
+        for raw_id, fields in entries:
+            if fields is None:
+                continue  # trimmed away since it was delivered
+            push, fault = None, None
+            try:
+                (payload,) = fields.values()
+                push = decode_push(payload)
+            except MalformedEntry as malformed:
+                fault = str(malformed)
+            except ValueError:
+                fault = f"must have one field, got {len(fields)}"
+            yield Delivery(stream.decode(), parse_id(raw_id), push, fault)
