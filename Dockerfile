@@ -54,6 +54,6 @@ WORKDIR /var/lib/tuanyuan
 RUN tuanyuan warmup
 # As Ctrl-C: a Python process that is number 1 does not hear SIGTERM.
 STOPSIGNAL SIGINT
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["tuanyuan", "health"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s --retries=3 CMD ["tuanyuan", "health"]
 ENTRYPOINT ["tuanyuan"]
 CMD ["run"]

@@ -360,7 +360,8 @@ def parse_alert_event(
 ) -> AlertRevision | AlertClose | None:
     """One event of a file, checked against those before it; `state` is changed only if it is accepted.
 
-    Revisions: a publish without one gets 1, an update without one the known + 1. None for an event without effect (a
+    An update that names location and missing_since is a complete revision; one that leaves either out changes only what
+    it names. Revisions: a publish without one gets 1, an update without one the known + 1. None for an event without effect (a
     revision not above the known one, an alert that is closed), which is noted in `state.notes`. `desk_id`: the event's
     place among the events, rising. `where`: what messages begin with, say "alerts.jsonl:3".
     Raises AlertRefused (a ValueError): malformed, an update or close of an alert never published, a change of status.
@@ -402,7 +403,16 @@ def _parse_revision(
         raise _refused(where, alert_id, "cannot be updated: it was never published")
     else:
         try:
-            alert = merge_alert(known, changes, revision or known.revision + 1, default_schedule)
+            if "lat" in changes and "missing_since_ms" in changes:
+                # Complete: what it does not name is at its default, but for the status, which never changes.
+                alert = parse_alert({"status": known.status, **cast(dict[str, Any], words)}, where, default_schedule)
+                if alert.status != known.status:
+                    raise ValueError(f"status never changes: it is {known.status}, got {alert.status!r}")
+                alert = replace(alert, revision=revision or known.revision + 1)
+            else:
+                alert = merge_alert(known, changes, revision or known.revision + 1, default_schedule)
+        except AlertRefused:
+            raise
         except ValueError as error:
             raise _refused(where, alert_id, error) from None
     if known is not None and alert.revision <= known.revision:

@@ -217,9 +217,7 @@ class OwedPushes:
 def _distance_km(lat: float, lng: float, lats: F64, lngs: F64) -> F64:
     """Great-circle distances by the haversine formula (Sinnott, Sky and Telescope 68, 1984)."""
     phi, phis = math.radians(lat), np.radians(lats)
-    half_chord2 = (
-        np.sin((phis - phi) / 2) ** 2 + math.cos(phi) * np.cos(phis) * np.sin(np.radians(lngs - lng) / 2) ** 2
-    )
+    half_chord2 = np.sin((phis - phi) / 2) ** 2 + math.cos(phi) * np.cos(phis) * np.sin(np.radians(lngs - lng) / 2) ** 2
     return np.asarray(2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.minimum(half_chord2, 1.0))))
 
 

@@ -1,8 +1,8 @@
 """The alert desk: alert events become durable and get their revision here, once; the relay copies them to every log.
 
     publish / update / close ──compare and set──> desk (stream) ──relay──> log:{s0}, log:{s1}, ...
-                                                   │                        with relay:{s} = desk id, in one MULTI a shard
-                                                   └─ alert:{desk}:<id>     newest revision, state, words
+                                                    │                       with relay:{s} = desk id, in one MULTI each
+                                                    └─ alert:{desk}:<id>    newest revision, state, words
 
 One stream orders all events, so every shard sees them in one order. The relay may be run by anybody, at any time, by
 several at once: a shard machine ignores a desk id that is not above the last it saw. The clock is the server's.
@@ -26,7 +26,6 @@ from flows.log import (
     LogId,
     SettingsMismatch,
     format_id,
-    last_id,
     log_key,
     parse_id,
     read_settings,
@@ -98,7 +97,10 @@ class Desk:
         self._client = client
 
     def publish(self, alert: Alert, content: Mapping[str, str] | None = None) -> DeskAnswer:
-        """A new alert; its revision becomes 1, whatever `alert` says. Raises AlertRefused: faulty, or the id is taken."""
+        """A new alert; its revision becomes 1, whatever `alert` says.
+
+        Raises AlertRefused: faulty, or the id is taken.
+        """
         alert = replace(alert, revision=1)
         try:
             check_alert(alert)
@@ -146,7 +148,10 @@ class Desk:
         return self._change(alert_id, expected_revision, change)
 
     def close(self, alert_id: str, outcome: str, expected_revision: int | None = None) -> DeskAnswer:
-        """End an open alert; everyone told is told so. Raises RevisionConflict; AlertRefused: unknown, closed before."""
+        """End an open alert; everyone told is told so.
+
+        Raises RevisionConflict; AlertRefused: unknown, closed before.
+        """
         try:
             check_outcome(outcome)
         except ValueError as error:
@@ -180,7 +185,7 @@ class Desk:
 
     def now_ms(self) -> int:
         """The desk's clock: the server's."""
-        seconds, microseconds = cast("tuple[int, int]", self._client.time())
+        seconds, microseconds = self._client.time()
         return seconds * 1000 + microseconds // 1000
 
     def wait_copied(self, desk_id: LogId, timeout_s: float) -> bool:
@@ -332,6 +337,7 @@ class RelayThread:
         self._thread = threading.Thread(target=self._run, name="desk-relay", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:

@@ -44,6 +44,13 @@ class Undecodable:
 
 
 @dataclass(frozen=True, slots=True)
+class Reload:
+    """In place of an entry: what was read of this shard may not be true any more; its machine starts anew."""
+
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A log entry with its columns in place of its bytes."""
 
@@ -71,27 +78,34 @@ class ShardNotes:
     undecodable: str | None = None
 
 
-def decode(raw: RawEntry) -> Entry:
+def decode(raw: RawEntry | Reload) -> Entry | Reload:
     """Bytes to columns. Never raises."""
+    if isinstance(raw, Reload):
+        return raw
     try:
         return Entry(raw, decode_entry(raw.kind, raw.payload))
     except MalformedEntry as malformed:
         return Entry(raw, Undecodable(str(malformed)))
 
 
-class ShardLogic(StatefulBatchLogic[Entry, ShardPushes, None]):
+class ShardLogic(StatefulBatchLogic[Entry | Reload, ShardPushes, None]):
     """Bytewax's view of one shard machine. Its state is the log's, so there is nothing for Bytewax to store."""
 
     def __init__(self, machine_of: Callable[[int], ShardMachine]) -> None:
         self._machine_of = machine_of
         self._machine: ShardMachine | None = None
 
-    def on_batch(self, values: list[Entry]) -> tuple[Iterable[ShardPushes], bool]:
-        if self._machine is None:
-            # Bytewax does not say which key it builds a logic for; the first entry does.
-            self._machine = self._machine_of(values[0].raw.shard)
-        machine = self._machine
-        return [step(machine, entry) for entry in values], StatefulBatchLogic.RETAIN
+    def on_batch(self, values: list[Entry | Reload]) -> tuple[Iterable[ShardPushes], bool]:
+        caused: list[ShardPushes] = []
+        for entry in values:
+            if isinstance(entry, Reload):
+                self._machine = self._machine_of(entry.shard)
+                continue
+            if self._machine is None:
+                # Bytewax does not say which key it builds a logic for; the first entry does.
+                self._machine = self._machine_of(entry.raw.shard)
+            caused.append(step(self._machine, entry))
+        return caused, StatefulBatchLogic.RETAIN
 
     def snapshot(self) -> None:
         return None
@@ -120,7 +134,7 @@ def step(machine: ShardMachine, entry: Entry) -> ShardPushes:
 
 
 def build_flow(
-    source: FixedPartitionedSource[tuple[str, RawEntry], Any],
+    source: FixedPartitionedSource[tuple[str, RawEntry | Reload], Any],
     sink: FixedPartitionedSink[ShardPushes, Any],
     machine_of: Callable[[int], ShardMachine],
 ) -> Dataflow:

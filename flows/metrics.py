@@ -5,7 +5,8 @@ unit stands in the name, labels are few and bounded. Each process publishes a sn
 second; `read_stats` adds the snapshots of all processes up.
 
     pings_accepted_total                     pings_refused_total{reason}      malformed_entries_total
-    pushes_total{partner,kind}               push_entries_total               push_write_errors_total{shard}
+    pushes_total{partner,kind}               push_entries_total               push_entries_known_total
+    push_write_errors_total{shard}           push_link_errors_total           push_drops_total{shard}
     log_read_errors_total                    tick_errors_total{shard}         shard_reloads_total{shard}
     lag_ms{shard}                            devices_live{shard}              publish_to_queue_ms (histogram)
 """
@@ -190,6 +191,7 @@ class StatsPublisher:
         self._was_down = False
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:

@@ -14,21 +14,18 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from flows.alert_json import event_time_ms
 from geoindex.columns import E7, F64, I64, ID_BYTES_MAX, Bool, PingBatch, pack_ids
 
 REQUIRED = ("device_id", "lat", "lng", "observed_at")
 OPTIONAL = ("partner", "at")
 DEFAULT_PARTNER = "default"
 PARTNER_BYTES_MAX = 64
-TIME_MS_MAX = 253_402_300_799_999
-"""The end of year 9999: a larger number is not milliseconds."""
-NOT_A_TIME = -1
 EXAMPLES_PER_REASON = 5
 
 
@@ -64,8 +61,8 @@ class RecordedPings:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, rows: slice, partner_index: dict[str, int], at_ms: I64) -> PingBatch:
-        """Some of the rows as a batch whose rows carry the clock `at_ms`."""
+    def batch(self, rows: slice, partner_index: dict[str, int], at_ms: I64 | None = None) -> PingBatch:
+        """Some of the rows as a batch; with `at_ms` its rows carry a clock of their own."""
         id_bytes, id_end = pack_ids(self.ids[rows])
         return PingBatch(
             partner=np.array([partner_index[name] for name in self.partners[rows]], np.uint16),
@@ -74,7 +71,7 @@ class RecordedPings:
             lat_e7=np.rint(self.lat[rows] * E7).astype(np.int32),
             lng_e7=np.rint(self.lng[rows] * E7).astype(np.int32),
             observed_at_ms=self.observed_at_ms[rows].copy(),
-            at_ms=at_ms.copy(),
+            at_ms=None if at_ms is None else at_ms.copy(),
         )
 
     def keep(self, kept: Bool) -> RecordedPings:
@@ -113,25 +110,6 @@ class RecordedPings:
             at_ms,
             self.lines[rows],
         )
-
-
-def parse_time_ms(text: str) -> int:
-    """Epoch milliseconds or ISO 8601 (without an offset: UTC) -> milliseconds since 1970.
-
-    Raises ValueError saying what was required and what came.
-    """
-    try:
-        if text.isascii() and text.isdigit():
-            time_ms = int(text)
-        else:
-            moment = datetime.fromisoformat(text)
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            time_ms = round(moment.timestamp() * 1000)
-    except (ValueError, OverflowError):
-        time_ms = NOT_A_TIME
-    if not 0 <= time_ms <= TIME_MS_MAX:
-        raise ValueError(f"must be epoch milliseconds or ISO 8601, 1970 to 9999, got {text[:40]!r}")
-    return time_ms
 
 
 class PingReader:
@@ -258,7 +236,9 @@ def _numbers(texts: tuple[str, ...], limit: float, reason: str, refuse: Refuse) 
     except ValueError:
         degrees = np.array([_number(text) for text in texts], np.float64)
     for row_index in np.flatnonzero(~(np.abs(degrees) <= limit)).tolist():
-        refuse(row_index, reason, f"{reason} must be a number from -{limit:g} to {limit:g}, got {texts[row_index][:40]!r}")
+        refuse(
+            row_index, reason, f"{reason} must be a number from -{limit:g} to {limit:g}, got {texts[row_index][:40]!r}"
+        )
         degrees[row_index] = 0.0
     return degrees
 
@@ -277,7 +257,9 @@ def _times(texts: tuple[str, ...], column: str, refuse: Refuse) -> I64:
     times_ms = np.zeros(len(texts), np.int64)
     for row_index, text in enumerate(texts):
         try:
-            times_ms[row_index] = parse_time_ms(text.strip())
+            times_ms[row_index] = event_time_ms(text.strip(), column)
         except ValueError as problem:
-            refuse(row_index, column, f"{column} {problem}")
+            refuse(row_index, column, str(problem))
+    for row_index in np.flatnonzero(times_ms < 0).tolist():
+        refuse(row_index, column, f"{column} must not be before 1970, got {texts[row_index][:40]!r}")
     return times_ms

@@ -171,6 +171,11 @@ LinkOpener = Callable[[], Link]
 """Opens a fresh link; what reader and writer are given, so that a simulator can give them another one."""
 
 
+def link_opener(client: redis.Redis, unsafe: bool = False) -> LinkOpener:
+    """Opens links to the client's server."""
+    return lambda: Link(client, unsafe)
+
+
 def packed(*arguments: bytes | str | int) -> bytes:
     """One command in the server's protocol (RESP)."""
     parts = [b"*%d\r\n" % len(arguments)]

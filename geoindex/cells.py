@@ -308,6 +308,7 @@ def _learn(tables: CellTables, axes: C128) -> tuple[U16, npt.NDArray[np.int8]]:
         turns = next(t for t in range(6) if _turn(raw, t) == digit)
         found.setdefault((face, place), {})[raw] = base_cell, turns
 
+    assert len(found) == FACE_COUNT * 16, f"a face meets 16 base cells, got {len(found)} in all"
     canonical = np.zeros((FACE_COUNT, POSITION_COUNT, 8), dtype=np.uint16)
     home = np.full((BASE_CELL_COUNT, 7, CANDIDATE_COUNT, 4), -1, dtype=np.int8)
     home_count = np.zeros((BASE_CELL_COUNT, 7), dtype=np.int64)
@@ -347,12 +348,14 @@ def _around_pentagon(turn_of: dict[int, int]) -> dict[int, int]:
     wedge that is not there. A point in the lattice's other wedges lies on another face; they are filled in only so
     that a point exactly on an edge, rounded across, still gets a cell that exists.
     """
-    filled = dict(turn_of)
-    raw = next(iter(turn_of))
+    assert len(turn_of) == 3, f"one corner of a face meets 3 leading digits, got {sorted(turn_of)}"
+    (raw,) = [raw for raw in turn_of if _turn(raw, 5) not in turn_of]
     digit = _turn(raw, turn_of[raw])
-    for _ in range(5):
+    around: dict[int, int] = {}
+    for _ in range(6):
+        around[raw] = next(turns for turns in range(6) if _turn(raw, turns) == digit)
         raw, digit = DIGIT_TURNED[raw], DIGIT_TURNED[digit]
         if digit == DELETED_DIGIT:
             digit = DIGIT_TURNED[digit]
-        filled.setdefault(raw, next(turns for turns in range(6) if _turn(raw, turns) == digit))
-    return filled
+    assert around | turn_of == around, f"digits must advance together, got turns {turn_of}"
+    return around

@@ -55,9 +55,7 @@ PING_COUNTS = 5
 
 
 @kernel
-def mark_zones(
-    zone_row: U32, zone_mask: U64, ranges: U32, kind: int, slot: int, covered: bool, rows_used: int
-) -> int:
+def mark_zones(zone_row: U32, zone_mask: U64, ranges: U32, kind: int, slot: int, covered: bool, rows_used: int) -> int:
     """Set or clear one alert's bit in every zone of `ranges` u32[n, 2]; returns the rows of `zone_mask` in use."""
     word = slot // 64
     mask = np.uint64(1) << np.uint64(slot % 64)

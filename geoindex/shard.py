@@ -252,9 +252,7 @@ class ShardMachine:
         for partner in np.unique(partners):
             yield from self._push(opened, kind, revision, int(partner), self.clock_ms, rows[partners == partner])
 
-    def _push(
-        self, opened: OpenAlert, kind: str, revision: int, partner: int, at_ms: int, rows: U32
-    ) -> Iterator[Push]:
+    def _push(self, opened: OpenAlert, kind: str, revision: int, partner: int, at_ms: int, rows: U32) -> Iterator[Push]:
         ids_max = self.settings.push_ids_max
         for start in range(0, len(rows), ids_max):
             id_bytes, id_end = self._devices.ids_of(rows[start : start + ids_max])

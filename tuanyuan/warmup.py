@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flows.match import Entry, decode, step
-from flows.log import RawEntry
 from flows.file_clock import NO_CLOCK, clock_of_arrivals, clock_of_observations
+from flows.log import RawEntry
+from flows.match import Entry, decode, step
 from flows.wire import encode_entry, encode_push, split_by_shard
 from geoindex.columns import PingBatch
 from geoindex.entries import DEFAULT_SCHEDULE, HOUR_MS, Alert, AlertClose, AlertRevision, LogEntry, Settings, Tick
@@ -24,9 +24,7 @@ def run_every_kernel() -> None:
     settings = Settings(shard_count=1, partners=world.partner_names)
     machine = ShardMachine()
     place = world.densest_place()
-    alert = Alert(
-        "warm-up", 1, place.lat, place.lng, _NOW_MS, DEFAULT_SCHEDULE, _NOW_MS + 72 * HOUR_MS
-    )
+    alert = Alert("warm-up", 1, place.lat, place.lng, _NOW_MS, DEFAULT_SCHEDULE, _NOW_MS + 72 * HOUR_MS)
     live = world.batch(500, _NOW_MS)
     (recorded,) = split_by_shard(_recorded(world.batch(500, _NOW_MS + 1)), settings)
     assert recorded is not None
@@ -41,7 +39,10 @@ def run_every_kernel() -> None:
         AlertClose("warm-up", None, "found", (3, 0)),
         Tick(),
     ]
-    times_ms = [0, *(_NOW_MS + step_ms for step_ms in (0, 0, 1, 2, 2 * HOUR_MS, 3 * HOUR_MS, 3 * HOUR_MS, 20 * HOUR_MS))]
+    times_ms = [
+        0,
+        *(_NOW_MS + step_ms for step_ms in (0, 0, 1, 2, 2 * HOUR_MS, 3 * HOUR_MS, 3 * HOUR_MS, 20 * HOUR_MS)),
+    ]
     for seq, (at_ms, entry) in enumerate(zip(times_ms, entries, strict=True)):
         kind, payload = encode_entry(entry)
         decoded: Entry = decode(RawEntry(0, at_ms, seq, kind, payload, ""))
@@ -62,6 +63,4 @@ def _recorded(batch: PingBatch) -> PingBatch:
 
 
 def _revised(alert: Alert) -> Alert:
-    return Alert(
-        alert.alert_id, 2, alert.lat, alert.lng, alert.missing_since_ms, alert.schedule, alert.expires_at_ms
-    )
+    return Alert(alert.alert_id, 2, alert.lat, alert.lng, alert.missing_since_ms, alert.schedule, alert.expires_at_ms)

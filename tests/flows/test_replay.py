@@ -104,7 +104,9 @@ def test_a_file_without_the_columns_is_refused_by_name(text: str, words: str, tm
 
 def test_a_file_cut_in_the_middle_of_its_compression_is_refused(tmp_path: Path) -> None:
     pings, alerts = tmp_path / "pings.csv.gz", tmp_path / "alerts.jsonl"
-    whole = gzip.compress(("device_id,lat,lng,observed_at\n" + "".join(f"a{row * row},1,2,{T0}\n" for row in range(9000))).encode())
+    whole = gzip.compress(
+        ("device_id,lat,lng,observed_at\n" + "".join(f"a{row * row},1,2,{T0}\n" for row in range(9000))).encode()
+    )
     pings.write_bytes(whole[: len(whole) // 2])
     alerts.write_text("")
     with pytest.raises(UnreadableFile, match="after line"):
@@ -149,9 +151,7 @@ def test_bad_rows_are_named_with_line_and_reason_and_nothing_else_is_lost(tmp_pa
         "observed_at": 1,
         "columns": 1,
     }
-    assert reader.set_aside.examples[0] == (
-        f"{pings}:3: latitude must be a number from -90 to 90, got '91'"
-    )
+    assert reader.set_aside.examples[0] == (f"{pings}:3: latitude must be a number from -90 to 90, got '91'")
     assert f"{pings}:9: must have 4 fields as the header, got 2" in reader.set_aside.examples
 
 
@@ -164,7 +164,9 @@ def test_real_trips_against_small_rings_give_what_the_reference_gives(tmp_path: 
         next(fixes)
         for fix in fixes:
             lat, lng, moment, person = fix.strip().split(",")
-            rows.append((round(datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp() * 1000), person, lat, lng))
+            rows.append(
+                (round(datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp() * 1000), person, lat, lng)
+            )
     trip, last_ms = dict.fromkeys(("001", "005"), 0), dict.fromkeys(("001", "005"), 0)
     lines: list[tuple[int, str]] = []
     for at_ms, person, lat, lng in rows:

@@ -63,7 +63,9 @@ def run_machines(
     def apply(shard: int, at_ms: int, entry: LogEntry) -> None:
         for push in machines[shard].apply(at_ms, entry):
             pushes.extend(
-                DevicePush(push.at_ms, push.kind, push.alert_id, push.revision, partners[push.partner], name, push.ring_km)
+                DevicePush(
+                    push.at_ms, push.kind, push.alert_id, push.revision, partners[push.partner], name, push.ring_km
+                )
                 for name in push.device_ids()
             )
 

@@ -1,0 +1,202 @@
+"""The live flow of one process: its threads, its Bytewax source and sink, its start and its end.
+
+    log-reader thread ──> LogSource ──> [ Bytewax, this thread ] ──> QueueSink ──> push-writer thread
+                             ^                                                        │ on_done
+                             └───────────────── credit, `done` ──────────────────────┘
+    desk-relay thread: alert events from the desk to the logs        stats-publisher thread: numbers once a second
+
+Starting: check the server, read the settings (or write them, on a server without logs), read every log from its
+first entry. Entries whose pushes stand in the queues already are refused there one by one, so a replay adds nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import redis
+from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
+from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
+from bytewax.testing import run_main
+
+from flows.config import FlowConfig
+from flows.desk import RelayThread
+from flows.log import FIRST, LogReader, RawEntry, ReaderLimits, check_server, ensure_settings, read_settings
+from flows.match import Reload, ShardPushes, build_flow, shard_key, shard_of_key
+from flows.metrics import METRICS, Metrics, StatsPublisher
+from flows.queues import PushWriter
+from flows.server import link_opener
+from geoindex.entries import Settings
+from geoindex.shard import ShardMachine
+
+logger = logging.getLogger(__name__)
+
+ENTRIES_PER_BATCH = 8
+"""Log entries that a partition hands over at once."""
+_AT_ONCE = datetime(2000, 1, 1, tzinfo=UTC)
+"""A next_awake in the past: Bytewax then sleeps nowhere, and the reader's wait is the only one."""
+
+
+class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
+    """The shard logs as Bytewax partitions. Never blocks longer than `idle_wait_s`; ends when told to stop."""
+
+    def __init__(self, reader: LogReader, shards: Sequence[int], idle_wait_s: float, stopping: threading.Event) -> None:
+        self._reader = reader
+        self._shards = shards
+        self._idle_wait_s = idle_wait_s
+        self._stopping = stopping
+
+    def list_parts(self) -> list[str]:
+        return [shard_key(shard) for shard in self._shards]
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> _LogPartition:
+        shard = shard_of_key(for_part)
+        # One partition waits for all: a wait in each would add up.
+        waits_for = self._shards if shard == self._shards[0] else ()
+        return _LogPartition(self._reader, shard, waits_for, self._idle_wait_s, self._stopping)
+
+
+class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]):
+    def __init__(
+        self, reader: LogReader, shard: int, waits_for: Sequence[int], idle_wait_s: float, stopping: threading.Event
+    ) -> None:
+        self._reader = reader
+        self._shard = shard
+        self._key = shard_key(shard)
+        self._waits_for = waits_for
+        self._idle_wait_s = idle_wait_s
+        self._stopping = stopping
+
+    def next_batch(self) -> list[tuple[str, RawEntry | Reload]]:
+        if self._stopping.is_set():
+            raise StopIteration
+        if self._waits_for:
+            self._reader.wait(self._waits_for, self._idle_wait_s)
+        entries = self._reader.take(self._shard, ENTRIES_PER_BATCH)
+        if not entries:
+            reason = self._reader.stopped().get(self._shard)
+            if reason is not None:
+                logger.warning("shard %d: reads its log again from the beginning: %s", self._shard, reason)
+                self._reader.seek(self._shard, FIRST)
+                return [(self._key, Reload(self._shard))]
+        return [(self._key, entry) for entry in entries]
+
+    def next_awake(self) -> datetime:
+        return _AT_ONCE
+
+    def snapshot(self) -> None:
+        return None
+
+
+class QueueSink(FixedPartitionedSink[ShardPushes, None]):
+    """Hands what the machines cause to the push writer, entry by entry, and counts."""
+
+    def __init__(self, writer: PushWriter, shards: Sequence[int], metrics: Metrics) -> None:
+        self._writer, self._shards, self._metrics = writer, shards, metrics
+
+    def list_parts(self) -> list[str]:
+        return [shard_key(shard) for shard in self._shards]
+
+    def part_fn(self, item_key: str) -> int:
+        return self._shards.index(shard_of_key(item_key))
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> _QueuePartition:
+        return _QueuePartition(self._writer, self._metrics)
+
+
+class _QueuePartition(StatefulSinkPartition[ShardPushes, None]):
+    def __init__(self, writer: PushWriter, metrics: Metrics) -> None:
+        self._writer, self._metrics = writer, metrics
+
+    def write_batch(self, values: list[ShardPushes]) -> None:
+        for caused in values:
+            self._writer.submit(caused.raw, caused.pushes, caused.partners)
+            notes = caused.notes
+            if notes.pings_accepted:
+                self._metrics.count("pings_accepted_total", notes.pings_accepted)
+            for reason, count in notes.pings_refused.items():
+                self._metrics.count("pings_refused_total", count, reason=reason)
+            if notes.undecodable is not None:
+                self._metrics.count("malformed_entries_total")
+                log_id = f"{caused.raw.ms}-{caused.raw.seq}"
+                logger.error("shard %d: log entry %s is set aside: %s", caused.raw.shard, log_id, notes.undecodable)
+
+    def snapshot(self) -> None:
+        return None
+
+
+class LiveFlow:
+    """One flow process against a server that is up. `run` blocks until `stop` is called, from a signal or a thread."""
+
+    def __init__(self, config: FlowConfig, client: redis.Redis, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = METRICS
+        self._shards = config.shard_list(settings.shard_count)
+        self._machines: dict[int, ShardMachine] = {}
+        self._stopping = threading.Event()
+        self._idle_wait_s = config.idle_wait_ms / 1000
+        open_link = link_opener(client, config.unsafe_server)
+        limits = ReaderLimits(
+            entries_max=2 * config.in_flight_max,
+            process_bytes_max=config.read_ahead_mb << 20,
+            in_flight_max=config.in_flight_max,
+        )
+        self._reader = LogReader(open_link, dict.fromkeys(self._shards, FIRST), limits, self.metrics)
+        self._writer = PushWriter(open_link, self._reader.release, self.metrics)
+        self._relay = RelayThread(client, open_link, self.metrics)
+        self._stats = StatsPublisher(client, self.metrics, self._set_gauges)
+
+    def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Start the threads and the dataflow; return after a clean stop.
+
+        Raises SettingsRefused if the log's settings are not this program's; whatever a broken invariant raises.
+        """
+        self._reader.start()
+        self._writer.start()
+        self._relay.start()
+        self._stats.start()
+        on_ready()
+        source = LogSource(self._reader, self._shards, self._idle_wait_s, self._stopping)
+        sink = QueueSink(self._writer, self._shards, self.metrics)
+        try:
+            run_main(build_flow(source, sink, self._new_machine))
+            if not self._writer.drain(10.0):
+                logger.warning("stopped with pushes that the server has not taken; the next start writes them")
+        finally:
+            self._stopping.set()
+            self._relay.stop()
+            self._reader.stop()
+            self._writer.stop()
+            self._stats.stop()
+
+    def stop(self) -> None:
+        """Ask the flow to end: what is in it still goes out. May be called from a signal handler."""
+        self._stopping.set()
+
+    def _new_machine(self, shard: int) -> ShardMachine:
+        machine = self._machines[shard] = ShardMachine()
+        return machine
+
+    def _set_gauges(self) -> None:
+        for shard in self._shards:
+            self.metrics.gauge("lag_ms", self._reader.lag_ms(shard), shard=str(shard))
+        for shard, machine in list(self._machines.items()):
+            size = machine.size
+            self.metrics.gauge("devices_live", size.located_count, shard=str(shard))
+            self.metrics.gauge("table_memory_bytes", size.memory_bytes, shard=str(shard))
+
+
+def open_flow(config: FlowConfig, client: redis.Redis, first_settings: Settings) -> LiveFlow:
+    """A flow on a server; `first_settings` are written if its logs do not exist yet.
+
+    Raises ServerRefused, SettingsMismatch, ValueError (shards that do not exist), redis.RedisError.
+    """
+    check_server(client, config.unsafe_server)
+    settings = read_settings(client)
+    if settings is None:
+        settings = ensure_settings(client, replace(first_settings, hash_key=secrets.randbits(64)))
+    return LiveFlow(config, client, settings)

@@ -1,0 +1,64 @@
+"""The command line. `main` is what the installed command `tuanyuan` runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tuanyuan import kernel_cache
+
+KERNEL_CACHE = kernel_cache.use()  # before anything of geoindex is imported
+
+import typer  # noqa: E402
+
+from tuanyuan.console import fail, note, notes  # noqa: E402
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Tuanyuan finds every phone near a missing child, within seconds, and never tells one twice.",
+)
+
+
+@app.command()
+def warmup() -> None:
+    """Compile and cache the kernels for this machine, if that has not been done yet."""
+    kernel_cache.warm(KERNEL_CACHE, note)
+    note(f"kernels: {KERNEL_CACHE}")
+
+
+def _add_commands() -> None:
+    """Commands import the kernels, so they are added after the cache's place is known."""
+    from tuanyuan.commands import alert, demo, match, pull, run, send
+
+    for module in (match, run, send, pull, demo):
+        name = module.__name__.rpartition(".")[2]
+        app.command(name, epilog=module.EPILOG)(getattr(module, name))
+    app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)
+
+
+def main() -> None:
+    """Run a command; Ctrl-C ends it with 130, a server out of reach with words instead of a traceback."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _add_commands()
+    import redis
+
+    try:
+        if not {"-h", "--help", "warmup"} & set(sys.argv[1:]) and len(sys.argv) > 1:
+            kernel_cache.warm(KERNEL_CACHE, note)
+        app()
+    except KeyboardInterrupt:
+        notes.print("interrupted")
+        raise SystemExit(130) from None
+    except redis.RedisError as problem:
+        try:
+            fail(f"the server does not answer: {problem}")
+        except typer.Exit as end:
+            raise SystemExit(end.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,342 @@
+"""`tuanyuan demo`: a server, a flow, a world of phones and one missing child, watched live and checked at the end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import redis
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from flows.audit import AuditResult, OwedPush, OwedPushes, compare
+from flows.desk import Desk, Relay
+from flows.log import LogWriter, add_partner, done_key, last_id, log_key, parse_id, read_settings
+from flows.metrics import Stats, read_stats
+from flows.queues import Consumer
+from flows.server import EmbeddedServer, connect, link_opener
+from flows.wire import PingColumns, decode_entry, screen_pings
+from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Schedule, Settings
+from geoindex.rings import growth_times_ms, radius_km
+from loadtest.world import World
+from tuanyuan.commands.send import with_partners
+from tuanyuan.console import console, fail, note
+
+EPILOG = """
+Example:
+
+    DEMO_SECONDS=20 make demo       or       tuanyuan demo --seconds 20 --phones 500000
+"""
+
+SHARDS = 8
+START_SECONDS = 3.0
+"""Of the time given, for starting; as much again for checking."""
+STREAM_SECONDS_MIN = 8.0
+SETTLE_TIMEOUT_S = 60.0
+ALERT_ID = "demo"
+PLACE = "Chengdu"
+
+# When things happen, in parts of the streaming time.
+PUBLISH_AT, HOUR_LASTS, CLOSE_AT = 0.15, 0.15, 0.82
+
+
+def demo(
+    seconds: Annotated[float, typer.Option(envvar="DEMO_SECONDS", min=1, help="About how long it takes.")] = 45.0,
+    phones: Annotated[int, typer.Option(min=1000, help="Phones in the world.")] = 200_000,
+    rate: Annotated[int, typer.Option(min=1000, help="Pings a second.")] = 50_000,
+    seed: Annotated[int, typer.Option(help="Of the world.")] = 1,
+) -> None:
+    """Watch a missing child's alert reach the phones around, its ring growing; then check every push."""
+    stream_s = max(STREAM_SECONDS_MIN, seconds - 2 * START_SECONDS)
+    note(f"A world of {phones:,} phones by the population of real places, {rate:,} pings/s, for {stream_s:.0f} s ...")
+    with tempfile.TemporaryDirectory(prefix="tuanyuan-demo-") as folder:
+        with EmbeddedServer.start(Path(folder) / "valkey", port=None, on_wait=note) as server:
+            client = connect(server.url)
+            log_path = Path(folder) / "run.log"
+            with log_path.open("wb") as log:
+                flow = subprocess.Popen(
+                    [sys.executable, "-m", "tuanyuan.cli", "run", "--valkey", server.url, "--quiet"]
+                    + ["--shard-count", str(SHARDS)],
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            try:
+                result = _Demo(client, flow, log_path, World(seed, phones), rate, stream_s).run()
+            finally:
+                _end(flow)
+    for words, pushes in (("missed", result.missed), ("extra", result.extra), ("duplicate", result.duplicate)):
+        for push in pushes[:5]:
+            note(f"{words}: {push.kind} of {push.alert_id!r} to {push.device_id} of {push.partner}")
+    console.print(f"verified: {result.line()}", highlight=False)
+    if not result.clean or not result.pushes:
+        raise typer.Exit(1)
+
+
+def _end(flow: subprocess.Popen[bytes]) -> None:
+    flow.terminate()
+    try:
+        flow.wait(15)
+    except subprocess.TimeoutExpired:
+        flow.kill()
+        flow.wait()
+
+
+@dataclass
+class _Told:
+    """What the partners have pulled so far."""
+
+    pushes: list[OwedPush] = field(default_factory=list)
+    by_partner: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(partner, kind) -> devices."""
+
+
+class _Demo:
+    """One run: a sender thread, a partners' thread, and the view in this one."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        flow: subprocess.Popen[bytes],
+        log_path: Path,
+        world: World,
+        rate: int,
+        stream_s: float,
+    ) -> None:
+        self._client = client
+        self._flow = flow
+        self._log_path = log_path
+        self._world = world
+        self._rate = rate
+        self._stream_s = stream_s
+        self._desk = Desk(client)
+        self._told = _Told()
+        self._streaming = threading.Event()
+        self._pulling = threading.Event()
+        self._problems: list[BaseException] = []
+        self._stats = Stats()
+        self._stats_at_s = 0.0
+        self._pings_per_s = 0.0
+
+    def run(self) -> AuditResult:
+        settings = self._wait_for_flow()
+        self._streaming.set()
+        self._pulling.set()
+        sender = self._thread("sender", lambda: self._send(settings))
+        puller = self._thread("partners", lambda: self._pull(settings))
+        try:
+            self._play()
+            self._streaming.clear()
+            sender.join()
+            self._settle(settings)
+        finally:
+            self._streaming.clear()
+            self._pulling.clear()
+            sender.join()
+            puller.join()
+        if self._problems:
+            raise self._problems[0]
+        note("Checking every push against a brute-force answer ...")
+        return compare(self._owed(settings), self._told.pushes)
+
+    def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                target()
+            except BaseException as problem:
+                self._problems.append(problem)
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _wait_for_flow(self) -> Settings:
+        deadline_s = time.monotonic() + 60
+        while read_settings(self._client) is None or not read_stats(self._client).process_count:
+            self._check()
+            if time.monotonic() > deadline_s:
+                fail(f"the flow does not start: {self._log_path.read_text()[-2000:]}")
+            time.sleep(0.05)
+        return add_partner(self._client, self._world.partner_names)
+
+    def _check(self) -> None:
+        if self._flow.poll() is not None:
+            fail(f"the flow has ended with {self._flow.returncode}: {self._log_path.read_text()[-2000:]}")
+        if self._problems:
+            raise self._problems[0]
+
+    # --- what goes on ---------------------------------------------------------------------------------------------
+
+    def _send(self, settings: Settings) -> None:
+        writer = LogWriter(link_opener(self._client), settings)
+        try:
+            for batch in self._world.first_sight(_now_ms(), 65_536):
+                writer.append_pings(with_partners(batch, self._world, settings))
+            started_s, given = time.monotonic(), 0
+            while self._streaming.is_set():
+                due = int((time.monotonic() - started_s) * self._rate)
+                if due - given < self._rate // 20:
+                    time.sleep(0.01)
+                    continue
+                writer.append_pings(with_partners(self._world.batch(due - given, _now_ms()), self._world, settings))
+                given = due
+        finally:
+            writer.close()
+
+    def _pull(self, settings: Settings) -> None:
+        client = redis.Redis(connection_pool=self._client.connection_pool)
+        consumers = {
+            partner: Consumer(client, partner, settings.shard_count, "demo", "demo") for partner in settings.partners
+        }
+        while self._pulling.is_set():
+            found = False
+            for partner, consumer in consumers.items():
+                deliveries = consumer.read(100, 0)
+                for delivery in deliveries:
+                    push = delivery.push
+                    if push is None:
+                        raise ValueError(f"{delivery.stream}: {delivery.fault}")
+                    self._told.by_partner[partner, push.kind] += len(push.device_ids)
+                    self._told.pushes += [
+                        OwedPush(push.kind, push.alert_id, push.revision, partner, device_id)
+                        for device_id in push.device_ids
+                    ]
+                consumer.acknowledge(deliveries)
+                found = found or bool(deliveries)
+            if not found:
+                time.sleep(0.02)
+
+    def _play(self) -> None:
+        """The alert's life, by the streaming time, with the view refreshed four times a second."""
+        started_s = time.monotonic()
+        alert: Alert | None = None
+        closed = False
+        with Live(console=console, auto_refresh=False, transient=False) as live:
+            while (elapsed_s := time.monotonic() - started_s) < self._stream_s:
+                self._check()
+                if alert is None and elapsed_s >= PUBLISH_AT * self._stream_s:
+                    alert = self._publish()
+                if alert is not None and not closed and elapsed_s >= CLOSE_AT * self._stream_s:
+                    closed = True
+                    self._desk.close(ALERT_ID, "found")
+                    Relay(self._client).copy_pending()
+                live.update(self._view(elapsed_s, alert, closed), refresh=True)
+                time.sleep(0.25)
+            live.update(self._view(self._stream_s, alert, closed), refresh=True)
+
+    def _publish(self) -> Alert:
+        hour_s = HOUR_LASTS * self._stream_s
+        hour = hour_s * 1000 / HOUR_MS
+        schedule: Schedule = ((hour, 100.0), (2 * hour, 200.0), (3 * hour, 300.0), (None, 500.0))
+        place = self._world.place(PLACE)
+        now_ms = self._desk.now_ms()
+        alert = Alert(ALERT_ID, 1, place.lat, place.lng, now_ms, schedule, now_ms + DEFAULT_EXPIRY_MS)
+        self._desk.publish(alert)
+        Relay(self._client).copy_pending()
+        return alert
+
+    def _settle(self, settings: Settings) -> None:
+        """Wait until every log entry is done and every push has been pulled."""
+        deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+        heads = {shard: last_id(self._client, log_key(shard)) for shard in range(settings.shard_count)}
+        quiet = 0
+        told = -1
+        while quiet < 3:
+            self._check()
+            done = [self._client.get(done_key(shard)) for shard in heads]
+            reached = all(
+                raw is not None and parse_id(raw) >= head for raw, head in zip(done, heads.values(), strict=True)
+            )
+            quiet = quiet + 1 if reached and told == len(self._told.pushes) else 0
+            told = len(self._told.pushes)
+            if time.monotonic() > deadline_s:
+                fail("the flow has not come to the end of its logs")
+            time.sleep(0.1)
+
+    def _owed(self, settings: Settings) -> list[OwedPush]:
+        """Who was owed what, from the logs alone."""
+        pushes: list[OwedPush] = []
+        for shard in range(settings.shard_count):
+            owed = OwedPushes()
+            after = "-"
+            while entries := self._client.xrange(log_key(shard), min=after, count=100):
+                for raw_id, fields in entries:
+                    ((kind, payload),) = fields.items()
+                    content = decode_entry(kind, payload)
+                    if isinstance(content, PingColumns):
+                        content, _ = screen_pings(content, len(settings.partners))
+                    owed.apply(parse_id(raw_id)[0], content)
+                after = f"({entries[-1][0].decode()}"
+            pushes += owed.pushes
+        return pushes
+
+    # --- the view -------------------------------------------------------------------------------------------------
+
+    def _refresh_stats(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._stats_at_s < 1.0:
+            return
+        stats = read_stats(self._client)
+        pings = stats.total("pings_accepted_total") - self._stats.total("pings_accepted_total")
+        self._pings_per_s = max(0.0, pings) / (now_s - self._stats_at_s) if self._stats_at_s else 0.0
+        self._stats, self._stats_at_s = stats, now_s
+
+    def _view(self, elapsed_s: float, alert: Alert | None, closed: bool) -> Group:
+        self._refresh_stats()
+        stats = self._stats
+        flow = Table.grid(padding=(0, 3))
+        p50, p99 = (stats.quantile_ms("publish_to_queue_ms", quantile) for quantile in (0.5, 0.99))
+        flow.add_row(
+            _figure("pings/s", f"{self._pings_per_s:,.0f}"),
+            _figure("live phones", f"{stats.total('devices_live'):,.0f}"),
+            _figure("pushes", f"{stats.total('pushes_total'):,.0f}"),
+            _figure("log to queue", "-" if p50 is None or p99 is None else f"p50 {p50:.0f} ms · p99 {p99:.0f} ms"),
+            _figure("time", f"{elapsed_s:.0f} of {self._stream_s:.0f} s"),
+        )
+        partners = Table("partner", box=None, padding=(0, 3, 0, 0))
+        for kind in ("alert", "resolved"):
+            partners.add_column(f"told: {kind}", justify="right")
+        for partner in self._world.partner_names:
+            counts = [self._told.by_partner[partner, kind] for kind in ("alert", "resolved")]
+            partners.add_row(partner, *(f"{count:,}" for count in counts))
+        return Group(flow, Text(), self._alert_line(alert, closed), Text(), partners)
+
+    def _alert_line(self, alert: Alert | None, closed: bool) -> Text:
+        if alert is None:
+            return Text("no alert yet: phones ping, nobody is told", style="dim")
+        if closed:
+            return Text(f"alert {alert.alert_id!r} in {PLACE}: found. Everyone told hears of it.", style="bold green")
+        now_ms = _now_ms()
+        ring_km = radius_km(alert.schedule, now_ms - alert.missing_since_ms)
+        following = [
+            (at_ms, km) for at_ms, km in growth_times_ms(alert.schedule, alert.missing_since_ms) if at_ms > now_ms
+        ]
+        grows = (
+            f"{following[0][1]:g} km in {(following[0][0] - now_ms) / 1000:.1f} s" if following else "full size reached"
+        )
+        bar = "█" * round(ring_km / 20)
+        return Text.assemble(
+            (f"alert {alert.alert_id!r} in {PLACE}: ring ", "bold"),
+            (f"{ring_km:g} km ", "bold red"),
+            (f"{bar:<25} ", "red"),
+            f"next: {grows}",
+        )
+
+
+def _figure(name: str, value: str) -> Text:
+    return Text.assemble((f"{name}\n", "dim"), (value, "bold"))
+
+
+def _now_ms() -> int:
+    return round(time.time() * 1000)

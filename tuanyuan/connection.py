@@ -1,0 +1,61 @@
+"""Which server a command talks to: the one named, or the embedded one that `tuanyuan run` started under `var`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import redis
+import typer
+
+from flows.config import FlowConfig
+from flows.log import read_settings
+from flows.server import EmbeddedServer, connect
+from geoindex.entries import Settings
+from tuanyuan.console import EXIT_USAGE, fail
+
+ValkeyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Server: redis://host:port, rediss://, unix://path. Default: TUANYUAN_VALKEY, else the embedded one."
+    ),
+]
+VarOption = Annotated[Path | None, typer.Option(help="Folder of the embedded server's data. Default: ./var")]
+
+
+def read_config(**options: object) -> FlowConfig:
+    """Options and environment; ends the command with a clear error if they do not fit."""
+    try:
+        return FlowConfig.read(**options)
+    except ValueError as problem:
+        fail(str(problem), EXIT_USAGE)
+
+
+@contextmanager
+def server(valkey: str | None, var: Path | None) -> Iterator[redis.Redis]:
+    """A client of the server that is already running; ends the command if there is none."""
+    config = read_config(valkey=valkey, var=var)
+    if config.valkey is not None:
+        client = connect(config.valkey)
+    else:
+        embedded = EmbeddedServer.find(config.embedded_directory)
+        if embedded is None:
+            fail(
+                f"no server runs under {config.embedded_directory}: start one with `tuanyuan run` "
+                "(in another terminal), or name one with --valkey"
+            )
+        client = connect(embedded.url)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def settings_of(client: redis.Redis) -> Settings:
+    """The settings that the logs begin with; ends the command if there are no logs yet."""
+    settings = read_settings(client)
+    if settings is None:
+        fail("the server has no logs yet: start `tuanyuan run` first")
+    return settings
