@@ -361,9 +361,9 @@ def parse_alert_event(
     """One event of a file, checked against those before it; `state` is changed only if it is accepted.
 
     An update that names location and missing_since is a complete revision; one that leaves either out changes only what
-    it names. Revisions: a publish without one gets 1, an update without one the known + 1. None for an event without effect (a
-    revision not above the known one, an alert that is closed), which is noted in `state.notes`. `desk_id`: the event's
-    place among the events, rising. `where`: what messages begin with, say "alerts.jsonl:3".
+    it names. Revisions: a publish without one gets 1, an update without one the known + 1. None for an event without
+    effect (a revision not above the known one, an alert that is closed), which is noted in `state.notes`. `desk_id`: the
+    event's place among the events, rising. `where`: what messages begin with, say "alerts.jsonl:3".
     Raises AlertRefused (a ValueError): malformed, an update or close of an alert never published, a change of status.
     """
     if not isinstance(event, dict):

@@ -33,6 +33,7 @@ def shard_key(shard: int) -> str:
 
 
 def shard_of_key(key: str) -> int:
+    """The shard that a key names."""
     return int(key)
 
 
@@ -134,7 +135,7 @@ def step(machine: ShardMachine, entry: Entry) -> ShardPushes:
 
 
 def build_flow(
-    source: FixedPartitionedSource[tuple[str, RawEntry | Reload], Any],
+    source: FixedPartitionedSource[Any, Any],
     sink: FixedPartitionedSink[ShardPushes, Any],
     machine_of: Callable[[int], ShardMachine],
 ) -> Dataflow:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 
@@ -27,6 +27,14 @@ OPTIONAL = ("partner", "at")
 DEFAULT_PARTNER = "default"
 PARTNER_BYTES_MAX = 64
 EXAMPLES_PER_REASON = 5
+
+
+class _CsvReader(Protocol):
+    """What `csv.reader` returns."""
+
+    line_num: int
+
+    def __next__(self) -> list[str]: ...
 
 
 class UnreadableFile(ValueError):
@@ -147,7 +155,7 @@ class PingReader:
             self._raw = raw
             stream: IO[bytes] = raw
             if self.path.suffix == ".gz":
-                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[type-var]
+                stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
             # Bytes that are not UTF-8 survive as surrogates, so that only their own row is set aside.
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
@@ -161,7 +169,7 @@ class PingReader:
             )
         return columns
 
-    def _rows(self, reader: csv._reader, width: int) -> tuple[list[list[str]], list[int], bool]:
+    def _rows(self, reader: _CsvReader, width: int) -> tuple[list[list[str]], list[int], bool]:
         rows: list[list[str]] = []
         lines: list[int] = []
         while len(rows) < self._chunk_rows:

@@ -43,7 +43,8 @@ class TimedAlertEvent:
 def read_alert_events(path: Path, settings: Settings) -> tuple[list[TimedAlertEvent], SetAside]:
     """Alert events of a JSON-lines file, by time (file order where equal), and what was refused.
 
-    Events without effect (a stale revision, an alert that is closed) are left out, and noted in `refused` without a count.
+    Events without effect (a stale revision, an alert that is closed) are left out, and noted in `refused` without a
+    count.
     """
     refused = SetAside()
     timed: list[tuple[int, int, object]] = []

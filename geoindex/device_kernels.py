@@ -82,7 +82,7 @@ class DeviceColumns(NamedTuple):
 
 
 @inline_kernel
-def find(index: U32, records: Records, a: np.uint64, b: np.uint64) -> np.int64:
+def find(index: U32, records: Records, a: np.uint64, b: np.uint64) -> int:
     """Row of the device with fingerprint (a, b), or -1."""
     slots = len(index)
     slot = scaled(a, np.uint64(slots))
@@ -101,7 +101,7 @@ def find(index: U32, records: Records, a: np.uint64, b: np.uint64) -> np.int64:
 
 
 @inline_kernel
-def candidate(index: U32, a: np.uint64) -> np.int64:
+def candidate(index: U32, a: np.uint64) -> int:
     """The first row whose tag fits, or -1: a guess good enough to prefetch by, without touching a record."""
     slots = len(index)
     slot = scaled(a, np.uint64(slots))
@@ -166,7 +166,7 @@ def unplace(index: U32, records: Records, a: np.uint64, row: int) -> None:
 @inline_kernel
 def insert(
     table: DeviceColumns, a: np.uint64, b: np.uint64, partner: np.uint16, id_bytes: U8, start: int, stop: int
-) -> np.int64:
+) -> int:
     """Give a row to a device that has none. The caller has made sure of room in every array."""
     counts, heap = table.counts, table.heap
     if counts[FREE] > 0:

@@ -26,7 +26,7 @@ HASH_NAME = "mum128"
 """Name of `geoindex.kernels.hash_id`, the function behind shards and the device table."""
 
 Schedule = tuple[tuple[float | None, float], ...]
-"""Steps (hours since missing, ring radius in km): the radius holds until those hours have passed; the last hours is None."""
+"""Steps (hours since missing, radius in km): a radius holds until its hours have passed; the last hours is None."""
 
 DEFAULT_SCHEDULE: Schedule = ((1.0, 100.0), (2.0, 200.0), (3.0, 300.0), (None, 500.0))
 DEFAULT_EXPIRY_MS = 72 * HOUR_MS

@@ -51,7 +51,7 @@ def hash_id(id_bytes: U8, start: int, stop: int, partner: int, secrets: U64) -> 
         lane_a = fold(word ^ secrets[2], lane_a ^ secrets[3])
         lane_b = fold(word ^ secrets[4], lane_b ^ secrets[5])
         position += 8
-    # The last 1 to 8 bytes; with 8 or more in all they overlap what came before, which costs nothing and needs no masks.
+    # The last 1 to 8 bytes; with 8 or more in all they overlap what came before, which needs no masks.
     if size >= 8:
         word = load_u64(id_bytes, stop - 8)
     elif size >= 4:
@@ -68,7 +68,7 @@ def hash_id(id_bytes: U8, start: int, stop: int, partner: int, secrets: U64) -> 
 
 
 @inline_kernel
-def scaled(hash_value: np.uint64, size: np.uint64) -> np.int64:
+def scaled(hash_value: np.uint64, size: np.uint64) -> int:
     """A u64 hash -> [0, size) without a division (Lemire, ACM TOMACS 2019, doi:10.1145/3230636)."""
     high, _ = mulhi_lo(hash_value, size)
     return np.int64(high)

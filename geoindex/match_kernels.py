@@ -82,7 +82,7 @@ def chord2(x: float, y: float, z: float, centre: Any, slot: int) -> float:
 
 
 @inline_kernel
-def lowest_bit(word: np.uint64) -> np.int64:
+def lowest_bit(word: np.uint64) -> int:
     """Position of the lowest set bit of a word that is not 0."""
     position = np.int64(0)
     while word & np.uint64(1) == 0:
@@ -94,7 +94,7 @@ def lowest_bit(word: np.uint64) -> np.int64:
 @inline_kernel
 def look_closely(
     table: DeviceColumns, alerts: AlertColumns, tables: CellTables, row: int, hit_row: U32, hit_slot: U32, hits: int
-) -> np.int64:
+) -> int:
     """Settle a device at its location: its cell, every ring it meets (appended as hits), a new stay box.
 
     Returns the new number of hits; each marks the device as told.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -166,12 +167,12 @@ class ShardMachine:
         if self._settings is None:
             return
         before = self._settings
-        for name, fixed, got in (
-            ("shard count", before.shard_count, settings.shard_count),
-            ("hash key", before.hash_key, settings.hash_key),
-            ("partners so far", before.partners, settings.partners[: len(before.partners)]),
+        for name, stays in (
+            ("shard count", before.shard_count == settings.shard_count),
+            ("hash key", before.hash_key == settings.hash_key),
+            ("partners so far", before.partners == settings.partners[: len(before.partners)]),
         ):
-            if fixed != got:
+            if not stays:
                 raise SettingsRefused(f"{name} must stay as the log began with it")
 
     def _apply_settings(self, settings: Settings) -> None:
@@ -320,7 +321,7 @@ class ShardMachine:
         rows, slots, moments, partners = rows[order], slots[order], moments[order], partners[order]
         changes = (np.diff(slots) != 0) | (np.diff(partners) != 0) | (np.diff(moments) != 0)
         starts = [0, *(np.flatnonzero(changes) + 1).tolist(), hits]
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in pairwise(starts):
             opened = self._alerts.in_slot(int(slots[start]))
             revision = opened.alert.revision
             yield from self._push(

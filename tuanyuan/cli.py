@@ -13,6 +13,9 @@ import typer  # noqa: E402
 
 from tuanyuan.console import fail, note, notes  # noqa: E402
 
+_NO_KERNELS = {"-h", "--help", "warmup", "health", "alert", "pull"}
+"""Words in a command line that needs no kernels, so should not wait for them to be compiled."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -32,9 +35,9 @@ def warmup() -> None:
 
 def _add_commands() -> None:
     """Commands import the kernels, so they are added after the cache's place is known."""
-    from tuanyuan.commands import alert, demo, match, pull, run, send
+    from tuanyuan.commands import alert, demo, health, match, pull, run, send
 
-    for module in (match, run, send, pull, demo):
+    for module in (match, run, send, pull, demo, health):
         name = module.__name__.rpartition(".")[2]
         app.command(name, epilog=module.EPILOG)(getattr(module, name))
     app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)
@@ -47,7 +50,7 @@ def main() -> None:
     import redis
 
     try:
-        if not {"-h", "--help", "warmup"} & set(sys.argv[1:]) and len(sys.argv) > 1:
+        if not _NO_KERNELS & set(sys.argv[1:]) and len(sys.argv) > 1:
             kernel_cache.warm(KERNEL_CACHE, note)
         app()
     except KeyboardInterrupt:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import redis
 import typer
@@ -25,10 +26,10 @@ ValkeyOption = Annotated[
 VarOption = Annotated[Path | None, typer.Option(help="Folder of the embedded server's data. Default: ./var")]
 
 
-def read_config(**options: object) -> FlowConfig:
+def read_config(**options: Any) -> FlowConfig:
     """Options and environment; ends the command with a clear error if they do not fit."""
     try:
-        return FlowConfig.read(**options)
+        return FlowConfig.read(os.environ, **options)
     except ValueError as problem:
         fail(str(problem), EXIT_USAGE)
 

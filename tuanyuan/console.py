@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import NoReturn
 
 import typer
@@ -39,7 +38,3 @@ def duration_ms(text: str) -> int:
     if not match or float(match[1]) <= 0:
         raise typer.BadParameter(f"must be a duration above 0 as 6h, 90min, 30s or 2d, got {text!r}")
     return round(float(match[1]) * _UNIT_MS[match[2]])
-
-
-def stdout_is_terminal() -> bool:
-    return sys.stdout.isatty()

@@ -47,7 +47,8 @@ def warm(folder: Path, say: Callable[[str], None]) -> None:
     say(f"Kernels compiled in {time.monotonic() - started:.0f} s and kept in {folder}")
     try:
         marker.touch()
-        _forget_old_versions(folder)
+        if folder.parent == _root():
+            _forget_old_versions(folder)
     except OSError:
         say("warning: the folder cannot be written, so they will be compiled again next time")
 

@@ -45,7 +45,8 @@ def run_every_kernel() -> None:
     ]
     for seq, (at_ms, entry) in enumerate(zip(times_ms, entries, strict=True)):
         kind, payload = encode_entry(entry)
-        decoded: Entry = decode(RawEntry(0, at_ms, seq, kind, payload, ""))
+        decoded = decode(RawEntry(0, at_ms, seq, kind, payload, ""))
+        assert isinstance(decoded, Entry)
         for push in step(machine, decoded).pushes:
             encode_push(push)
     at_ms_column = np.empty(1, np.int64)

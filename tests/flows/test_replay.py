@@ -178,12 +178,14 @@ def test_real_trips_against_small_rings_give_what_the_reference_gives(tmp_path: 
     pings.write_text("device_id,lat,lng,observed_at\n" + "".join(line for _, line in lines))
     start_ms, end_ms = lines[0][0], lines[-1][0]
     with alerts.open("w") as events:
-        for number, (lat, lng) in enumerate([(39.984, 116.319), (39.91, 116.40), (40.0, 116.33), (39.95, 116.45)]):
+        for number, (center_lat, center_lng) in enumerate(
+            [(39.984, 116.319), (39.91, 116.40), (40.0, 116.33), (39.95, 116.45)]
+        ):
             for repeat in range(6):
                 at_ms = start_ms + (end_ms - start_ms) * (6 * number + repeat) // 24
                 alert = {
                     "alert_id": f"a{number}-{repeat}",
-                    "location": {"lat": lat, "lng": lng},
+                    "location": {"lat": center_lat, "lng": center_lng},
                     "missing_since": at_ms,
                     "schedule": [[1, 0.5], [5, 2], [30, 4.5], [None, 9]],
                     "expires_at": at_ms + 300 * HOUR_MS,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from geoindex import device_kernels as kernels
+from geoindex.cell_kernels import signed
 from geoindex.columns import U8, U16, U32, U64, pack_ids
 from geoindex.device_kernels import NO_TIME, RECORD, DeviceColumns
 from geoindex.devices import DeviceTable
@@ -21,7 +22,7 @@ def _find_or_insert(
 ) -> None:
     start = 0
     for position in range(len(id_end)):
-        stop = np.int64(id_end[position])
+        stop = signed(id_end[position])
         a, b = hash_id(id_bytes, start, stop, partner[position], secrets)
         row = kernels.find(table.index, table.records, a, b)
         if row < 0:

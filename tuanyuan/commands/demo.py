@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import redis
 import typer
@@ -39,6 +39,8 @@ Example:
     DEMO_SECONDS=20 make demo       or       tuanyuan demo --seconds 20 --phones 500000
 """
 
+_Entries = list[tuple[bytes, dict[bytes, bytes]]]
+
 SHARDS = 8
 START_SECONDS = 3.0
 """Of the time given, for starting; as much again for checking."""
@@ -60,22 +62,24 @@ def demo(
     """Watch a missing child's alert reach the phones around, its ring growing; then check every push."""
     stream_s = max(STREAM_SECONDS_MIN, seconds - 2 * START_SECONDS)
     note(f"A world of {phones:,} phones by the population of real places, {rate:,} pings/s, for {stream_s:.0f} s ...")
-    with tempfile.TemporaryDirectory(prefix="tuanyuan-demo-") as folder:
-        with EmbeddedServer.start(Path(folder) / "valkey", port=None, on_wait=note) as server:
-            client = connect(server.url)
-            log_path = Path(folder) / "run.log"
-            with log_path.open("wb") as log:
-                flow = subprocess.Popen(
-                    [sys.executable, "-m", "tuanyuan.cli", "run", "--valkey", server.url, "--quiet"]
-                    + ["--shard-count", str(SHARDS)],
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            try:
-                result = _Demo(client, flow, log_path, World(seed, phones), rate, stream_s).run()
-            finally:
-                _end(flow)
+    with (
+        tempfile.TemporaryDirectory(prefix="tuanyuan-demo-") as folder,
+        EmbeddedServer.start(Path(folder) / "valkey", port=None, on_wait=note) as server,
+    ):
+        client = connect(server.url)
+        log_path = Path(folder) / "run.log"
+        with log_path.open("wb") as log:
+            command = ["run", "--valkey", server.url, "--quiet", "--shard-count", str(SHARDS)]
+            flow = subprocess.Popen(
+                [sys.executable, "-m", "tuanyuan.cli", *command],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            result = _Demo(client, flow, log_path, World(seed, phones), rate, stream_s).run()
+        finally:
+            _end(flow)
     for words, pushes in (("missed", result.missed), ("extra", result.extra), ("duplicate", result.duplicate)):
         for push in pushes[:5]:
             note(f"{words}: {push.kind} of {push.alert_id!r} to {push.device_id} of {push.partner}")
@@ -254,7 +258,7 @@ class _Demo:
         told = -1
         while quiet < 3:
             self._check()
-            done = [self._client.get(done_key(shard)) for shard in heads]
+            done = [cast("bytes | None", self._client.get(done_key(shard))) for shard in heads]
             reached = all(
                 raw is not None and parse_id(raw) >= head for raw, head in zip(done, heads.values(), strict=True)
             )
@@ -270,7 +274,7 @@ class _Demo:
         for shard in range(settings.shard_count):
             owed = OwedPushes()
             after = "-"
-            while entries := self._client.xrange(log_key(shard), min=after, count=100):
+            while entries := cast(_Entries, self._client.xrange(log_key(shard), min=after, count=100)):
                 for raw_id, fields in entries:
                     ((kind, payload),) = fields.items()
                     content = decode_entry(kind, payload)
