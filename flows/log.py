@@ -243,11 +243,13 @@ def _append_settings(client: redis.Redis, shard: int, expected: Settings | None,
     with client.pipeline(transaction=True) as pipeline:
         try:
             cast(Any, pipeline).watch(settings_key(shard), log_key(shard))
+            # First the log: it never exists without settings, not even for a moment.
+            has_entries = bool(client.exists(log_key(shard)))
             current = _settings_of(client, shard)
             if current != expected:
                 assert current is not None, "settings are never taken away"
                 return current
-            if current is None and client.exists(log_key(shard)):
+            if current is None and has_entries:
                 raise SettingsMismatch(f"{log_key(shard)} has entries but no settings: it is not one of our logs")
             pipeline.multi()
             pipeline.xadd(log_key(shard), {kind: payload})

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import tempfile
@@ -257,9 +258,12 @@ class EmbeddedServer:
     finds it, answers from it, and stops it at its own end if the process that started it is gone.
     """
 
-    def __init__(self, directory: Path, state: _State, owned: bool) -> None:
+    def __init__(
+        self, directory: Path, state: _State, owned: bool, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
         """Not called directly: `start` or `find`."""
         self.directory = directory
+        self._process = process
         self.owned = owned
         """Whether `close` stops the server."""
         self._state = state
@@ -314,7 +318,7 @@ class EmbeddedServer:
             state = _State(process.pid, socket_path, chosen, os.getpid())
             _write_state(directory, state)
             _wait_until_ready(directory, state, process, on_wait)
-            return cls(directory, state, owned=True)
+            return cls(directory, state, owned=True, process=process)
 
     def close(self) -> None:
         """Stop the server if it is ours, cleanly: it finishes its file. Otherwise leave it running."""
@@ -322,7 +326,7 @@ class EmbeddedServer:
             return
         self.owned = False
         with _locked(self.directory):
-            _terminate(self._state)
+            _terminate(self._state, self._process)
             with contextlib.suppress(FileNotFoundError):
                 (self.directory / _STATE_NAME).unlink()
 
@@ -383,13 +387,15 @@ def _wait_until_ready(
         time.sleep(0.01)
 
 
-def _terminate(state: _State) -> None:
-    if not _is_ours(state):
+def _terminate(state: _State, process: subprocess.Popen[bytes] | None) -> None:
+    """SIGTERM, and wait; `process`: if the server is a child of ours. Raises RuntimeError."""
+    if process is None and not _is_ours(state):
         return
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(state.pid, 15)
+    if process is None or process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(state.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + STOP_TIMEOUT_S
-    while _is_alive(state.pid):
+    while _is_alive(state.pid) if process is None else process.poll() is None:
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"the embedded server (process {state.pid}) does not stop; its data is safe")
         time.sleep(0.005)
@@ -421,8 +427,6 @@ def _is_ours(state: _State) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)  # a child of ours that has ended stays a zombie until asked
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -12,13 +12,13 @@ from flows.server import EmbeddedServer, LinkOpener, connect, link_opener
 
 
 @pytest.fixture(scope="session")
-def session_server(tmp_path_factory) -> Iterator[EmbeddedServer]:
+def session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     with EmbeddedServer.start(tmp_path_factory.mktemp("valkey"), memory_bytes_max=512 << 20) as server:
         yield server
 
 
 @pytest.fixture
-def server(session_server) -> EmbeddedServer:
+def server(session_server: EmbeddedServer) -> EmbeddedServer:
     """The session's server, emptied. A test may change its settings if it changes them back."""
     client = connect(session_server.url)
     client.flushall()
@@ -27,14 +27,14 @@ def server(session_server) -> EmbeddedServer:
 
 
 @pytest.fixture
-def client(server) -> Iterator[redis.Redis]:
+def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
     client = connect(server.url)
     yield client
     client.close()
 
 
 @pytest.fixture
-def open_link(client) -> LinkOpener:
+def open_link(client: redis.Redis) -> LinkOpener:
     return link_opener(client)
 
 

@@ -578,7 +578,7 @@ def test_split_keeps_every_ping_once_and_in_order(shard_count: int, with_at: boo
         if part is None:
             assert len(rows) == 0
             continue
-        assert [part.device_id(row) for row in range(len(part))] == [batch.device_id(row) for row in rows]
+        assert [part.device_id(row) for row in range(len(part))] == [batch.device_id(int(row)) for row in rows]
         for name in ("partner", "lat_e7", "lng_e7", "observed_at_ms", "at_ms"):
             if getattr(batch, name) is not None:
                 assert np.array_equal(getattr(part, name), getattr(batch, name)[rows]), name

@@ -305,7 +305,7 @@ class _Demo:
             _figure("pings/s", f"{self._pings_per_s:,.0f}"),
             _figure("live phones", f"{stats.total('devices_live'):,.0f}"),
             _figure("pushes", f"{stats.total('pushes_total'):,.0f}"),
-            _figure("log to queue", "-" if p50 is None or p99 is None else f"p50 {p50:.0f} ms · p99 {p99:.0f} ms"),
+            _figure("publish to queue", "-" if p50 is None or p99 is None else f"p50 {p50:.0f} ms · p99 {p99:.0f} ms"),
             _figure("time", f"{elapsed_s:.0f} of {self._stream_s:.0f} s"),
         )
         partners = Table("partner", box=None, padding=(0, 3, 0, 0))

@@ -33,12 +33,12 @@ def pull(
     group: Annotated[str, typer.Option(help="Consumer group: who shares the work.")] = "default",
     consumer: Annotated[str | None, typer.Option(help="Name in the group. Default: host and process.")] = None,
     no_ack: Annotated[bool, typer.Option("--no-ack", help="Look without acknowledging.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="JSON lines, the default.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines: the only form, so this changes nothing.")] = True,
     valkey: ValkeyOption = None,
     var: VarOption = None,
 ) -> None:
     """Print a partner's pushes, and acknowledge them."""
-    assert json
+    del json
     with server(valkey, var) as client:
         settings = settings_of(client)
         if partner not in settings.partners:
@@ -57,16 +57,16 @@ def pull(
                     break
                 if entries_max is not None:
                     deliveries = deliveries[: entries_max - printed]
-                for delivery in deliveries:
-                    sys.stdout.buffer.write(_line(delivery))
-                    devices += len(delivery.push.device_ids) if delivery.push else 0
+                sys.stdout.buffer.write(b"".join(map(_line, deliveries)))
                 sys.stdout.buffer.flush()
                 if not no_ack:
                     reader.acknowledge(deliveries)
                 printed += len(deliveries)
+                devices += sum(len(delivery.push.device_ids) for delivery in deliveries if delivery.push)
         except KeyboardInterrupt:
             pass
         except BrokenPipeError:
+            # Whoever read has gone: what it was given stays unacknowledged, and comes again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         note(f"{printed:,} entries, {devices:,} devices")
 
