@@ -41,7 +41,7 @@ RECORD = np.dtype(
         ("stay_lng", "<u2"),
         ("partner", "<u2"),
         ("id_length", "u1"),
-        ("spare", "u1"),
+        ("waiting", "u1"),
         ("tail", "<u4"),
         ("head", "u1", (HEAD_BYTES,)),
     ],
@@ -188,6 +188,7 @@ def insert(
     record.stay_lng = 0
     record.partner = partner
     record.id_length = length
+    record.waiting = 0
     record.tail = 0
     for offset in range(min(length, HEAD_BYTES)):
         record.head[offset] = id_bytes[start + offset]

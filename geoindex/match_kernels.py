@@ -1,9 +1,9 @@
 """The loops of the join: pings meet the cover, a new ring meets the table.
 
-Every ping of a batch goes through three steps, a block of pings at a time so that the cache misses of a block
-overlap: hash its id and ask for the index line; guess its row and ask for the record; process.
+Every ping of a batch goes through a few steps, a block of pings at a time so that the cache misses of a block overlap:
+hash its id and ask for the index line; guess its row and ask for the record; compare; look closely where that says so.
 
-Processing is one comparison for a phone that stayed inside its *stay box*: a rectangle around the *anchor* (where
+The comparison is all there is for a phone that stayed inside its *stay box*: a rectangle around the *anchor* (where
 the device was last looked at closely) in which neither its cell nor the answer of any ring it was not told about
 can change. Half its sides, in 16e-7 degree: with r the clearance in metres,
 
@@ -33,7 +33,7 @@ from geoindex.device_kernels import (
     insert,
 )
 from geoindex.kernels import hash_id, scaled
-from geoindex.numba_typing import inline_kernel, kernel, prefetch
+from geoindex.numba_typing import inline_kernel, kernel, lowest_bit, prefetch
 
 if TYPE_CHECKING:
     from geoindex.alerts import AlertColumns
@@ -42,6 +42,8 @@ STAY_UNIT_E7 = 16
 STAY_MAX = 65535
 STAY_UNIT_M = math.radians(STAY_UNIT_E7 * 1e-7) * EARTH_RADIUS_M
 ROOT_HALF = math.sqrt(0.5)
+POLE_COSINE = 1e-12
+"""Keeps the division finite at the poles; a larger divisor makes a smaller box."""
 CELLS_PER_ZONE = 49
 BLOCK_PINGS = 32
 
@@ -82,25 +84,25 @@ def chord2(x: float, y: float, z: float, centre: Any, slot: int) -> float:
 
 
 @inline_kernel
-def lowest_bit(word: np.uint64) -> int:
-    """Position of the lowest set bit of a word that is not 0."""
-    position = np.int64(0)
-    while word & np.uint64(1) == 0:
-        word >>= np.uint64(1)
-        position += 1
-    return position
-
-
-@inline_kernel
-def look_closely(
-    table: DeviceColumns, alerts: AlertColumns, tables: CellTables, row: int, hit_row: U32, hit_slot: U32, hits: int
+def settle(
+    table: DeviceColumns,
+    alerts: AlertColumns,
+    row: int,
+    cell: int,
+    x: float,
+    y: float,
+    z: float,
+    clearance_m: float,
+    hit_row: U32,
+    hit_slot: U32,
+    hits: int,
 ) -> int:
-    """Settle a device at its location: its cell, every ring it meets (appended as hits), a new stay box.
+    """Look closely at a device: its cell, every ring it meets (appended as hits), a new stay box.
 
-    Returns the new number of hits; each marks the device as told.
+    cell, (x, y, z), clearance_m: of the device's location, by `locate`. Returns the new number of hits; each marks the
+    device as told.
     """
     record = table.records[row]
-    cell, x, y, z, clearance_m = locate(record.lat_e7, record.lng_e7, tables)
     if table.cell[row] != cell:
         table.cell[row] = cell
     mask_row = alerts.zone_row[cell // CELLS_PER_ZONE]
@@ -108,8 +110,7 @@ def look_closely(
         for word in range(alerts.zone_mask.shape[2]):
             open_to = alerts.audience[record.partner, word] & ~table.told[word, row]
             told = alerts.zone_mask[mask_row, 0, word] & open_to
-            close = alerts.zone_mask[mask_row, 1, word] & open_to
-            rest = close
+            rest = alerts.zone_mask[mask_row, 1, word] & open_to
             while rest != 0:
                 bit = lowest_bit(rest)
                 mask = np.uint64(1) << np.uint64(bit)
@@ -120,21 +121,18 @@ def look_closely(
                     told |= mask
                 else:
                     clearance_m = min(clearance_m, ring_clearance_m(distance2, alerts.chord2_max[slot]))
-            table.told[word, row] |= told
-            while told != 0:
-                bit = lowest_bit(told)
-                told ^= np.uint64(1) << np.uint64(bit)
-                hit_row[hits] = row
-                hit_slot[hits] = word * 64 + bit
-                hits += 1
+            if told != 0:
+                table.told[word, row] |= told
+                while told != 0:
+                    bit = lowest_bit(told)
+                    told ^= np.uint64(1) << np.uint64(bit)
+                    hit_row[hits] = row
+                    hit_slot[hits] = word * 64 + bit
+                    hits += 1
     record.anchor_lat_e7 = record.lat_e7
     record.anchor_lng_e7 = record.lng_e7
-    stay_lat = 0.0
-    stay_lng = 0.0
-    if clearance_m > 0.0:
-        stay_lat = clearance_m * ROOT_HALF / STAY_UNIT_M
-        cosine = math.sqrt(x * x + y * y) + clearance_m / EARTH_RADIUS_M
-        stay_lng = stay_lat / cosine
+    stay_lat = clearance_m * (ROOT_HALF / STAY_UNIT_M)
+    stay_lng = stay_lat / (math.sqrt(x * x + y * y) + clearance_m * (1.0 / EARTH_RADIUS_M) + POLE_COSINE)
     record.stay_lat = np.uint16(min(stay_lat, STAY_MAX))
     record.stay_lng = np.uint16(min(stay_lng, STAY_MAX))
     return hits
@@ -147,6 +145,18 @@ def stays(record: Any, lat_e7: np.int32, lng_e7: np.int32) -> bool:
         abs(np.int64(lat_e7) - record.anchor_lat_e7) < np.int64(record.stay_lat) * STAY_UNIT_E7
         and abs(np.int64(lng_e7) - record.anchor_lng_e7) < np.int64(record.stay_lng) * STAY_UNIT_E7
     )
+
+
+@inline_kernel
+def place_ping(table: DeviceColumns, row: int, observed: int, lat_e7: np.int32, lng_e7: np.int32) -> None:
+    """Rule 1: the location is that of the largest `observed_at`, on a tie that of the later ping."""
+    record = table.records[row]
+    if observed >= record.observed_at_ms:
+        if record.observed_at_ms == NO_TIME:
+            table.counts[LOCATED] += 1
+        record.observed_at_ms = observed
+        record.lat_e7 = lat_e7
+        record.lng_e7 = lng_e7
 
 
 @kernel
@@ -183,6 +193,10 @@ def apply_pings(
     fingerprint_a = np.empty(BLOCK_PINGS, np.uint64)
     fingerprint_b = np.empty(BLOCK_PINGS, np.uint64)
     guess = np.empty(BLOCK_PINGS, np.int64)
+    slow_ping = np.empty(BLOCK_PINGS, np.int64)
+    slow_row = np.empty(BLOCK_PINGS, np.int64)
+    slow_cell = np.empty(BLOCK_PINGS, np.int64)
+    slow_vector = np.empty((BLOCK_PINGS, 4), np.float64)
     index = table.index
     records = table.records
     block = first
@@ -190,6 +204,7 @@ def apply_pings(
         if hits + BLOCK_PINGS * slots > len(hit_row):
             break
         block_stop = min(block + BLOCK_PINGS, stop)
+        # 1. Hash, and ask for the index lines.
         start = np.int64(id_end[block - 1]) if block > 0 else np.int64(0)
         for ping in range(block, block_stop):
             end = np.int64(id_end[ping])
@@ -198,11 +213,15 @@ def apply_pings(
             fingerprint_b[ping - block] = b
             prefetch(index, scaled(a, np.uint64(len(index))))
             start = end
+        # 2. Guess the rows, and ask for the records.
         for ping in range(block, block_stop):
             row = candidate(index, fingerprint_a[ping - block])
             guess[ping - block] = row
             if row >= 0:
                 prefetch(records, row)
+        # 3. Pings that stay in their box are done here. The others, in order, with all later ones of their devices, are
+        #    kept for a close look: what that needs is asked for, and many of them overlap.
+        slow = 0
         for ping in range(block, block_stop):
             now_ms = at_ms[ping * at_step]
             observed = observed_at_ms[ping]
@@ -213,28 +232,68 @@ def apply_pings(
                 counts[TOO_OLD] += 1
                 continue
             counts[ACCEPTED] += 1
-            a = fingerprint_a[ping - block]
-            b = fingerprint_b[ping - block]
             row = guess[ping - block]
-            if row < 0 or records[row].fingerprint_a != a or records[row].fingerprint_b != b:
+            known = row >= 0 and (
+                records[row].fingerprint_a == fingerprint_a[ping - block]
+                and records[row].fingerprint_b == fingerprint_b[ping - block]
+            )
+            if not known:
+                row = find(index, records, fingerprint_a[ping - block], fingerprint_b[ping - block])
+            if row >= 0:
+                record = records[row]
+                if record.waiting == 0:
+                    if observed >= record.observed_at_ms:
+                        if stays(record, lat_e7[ping], lng_e7[ping]):
+                            record.observed_at_ms = observed
+                            record.lat_e7 = lat_e7[ping]
+                            record.lng_e7 = lng_e7[ping]
+                            continue
+                    elif record.stay_lat != 0 and record.stay_lng != 0:
+                        # A late ping moves nothing, and nothing has changed for this device since it was settled.
+                        continue
+                record.waiting = 1
+                prefetch(table.cell, row)
+                for word in range(table.told.shape[0]):
+                    prefetch(table.told[word], row)
+            slow_ping[slow] = ping
+            slow_row[slow] = row
+            slow += 1
+        counts[SLOW] += slow
+        # 4. Where are they? Nothing here depends on the ping before, so the arithmetic of several overlaps.
+        for place in range(slow):
+            ping = slow_ping[place]
+            cell, x, y, z, clearance_m = locate(lat_e7[ping], lng_e7[ping], tables)
+            slow_cell[place] = cell
+            slow_vector[place, 0] = x
+            slow_vector[place, 1] = y
+            slow_vector[place, 2] = z
+            slow_vector[place, 3] = clearance_m
+            prefetch(alerts.zone_row, cell // CELLS_PER_ZONE)
+        for place in range(slow):
+            prefetch(alerts.zone_mask, alerts.zone_row[slow_cell[place] // CELLS_PER_ZONE])
+        # 5. The close look, in order.
+        for place in range(slow):
+            ping = slow_ping[place]
+            row = slow_row[place]
+            if row < 0:
+                a = fingerprint_a[ping - block]
+                b = fingerprint_b[ping - block]
                 row = find(index, records, a, b)
                 if row < 0:
                     start = np.int64(id_end[ping - 1]) if ping > 0 else np.int64(0)
                     row = insert(table, a, b, partner[ping], id_bytes, start, np.int64(id_end[ping]))
+            place_ping(table, row, observed_at_ms[ping], lat_e7[ping], lng_e7[ping])
             record = records[row]
-            if observed >= record.observed_at_ms:
-                if record.observed_at_ms == NO_TIME:
-                    table.counts[LOCATED] += 1
-                record.observed_at_ms = observed
-                record.lat_e7 = lat_e7[ping]
-                record.lng_e7 = lng_e7[ping]
-                if stays(record, lat_e7[ping], lng_e7[ping]):
-                    continue
-            elif record.stay_lat != 0 and record.stay_lng != 0:
-                # A late ping moves nothing, and nothing has changed for this device since it was settled.
-                continue
-            counts[SLOW] += 1
-            found = look_closely(table, alerts, tables, row, hit_row, hit_slot, hits)
+            record.waiting = 0
+            cell = slow_cell[place]
+            x = slow_vector[place, 0]
+            y = slow_vector[place, 1]
+            z = slow_vector[place, 2]
+            clearance_m = slow_vector[place, 3]
+            if record.lat_e7 != lat_e7[ping] or record.lng_e7 != lng_e7[ping]:
+                # A late ping: the device is where it was.
+                cell, x, y, z, clearance_m = locate(record.lat_e7, record.lng_e7, tables)
+            found = settle(table, alerts, row, cell, x, y, z, clearance_m, hit_row, hit_slot, hits)
             while hits < found:
                 hit_ping[hits] = ping
                 hits += 1

@@ -141,3 +141,18 @@ Every machine that Numba and Valkey's wheels run on is little-endian; `raw` must
 
 load_u32 = cast(Callable[[npt.NDArray[np.uint8], Any], np.uint64], intrinsic(_load(32)))
 """`load_u32(raw, index)`, inside kernels only: bytes `raw[index : index + 4]` as a little-endian number, u64."""
+
+
+def _lowest_bit(_typing_context: Any, word: Any) -> Any:
+    """Build `lowest_bit`: LLVM's count of trailing zeros."""
+    if word != _types.uint64:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return _types.int64(_types.uint64), generate
+
+
+lowest_bit = cast(Callable[[Any], int], intrinsic(_lowest_bit))
+"""`lowest_bit(word)`, inside kernels only: position of the lowest set bit of a u64 that is not 0, as int64."""

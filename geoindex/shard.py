@@ -251,14 +251,13 @@ class ShardMachine:
         """Pushes to `rows`, of one kind and one moment: by partner, in row order, so many ids at a time."""
         partners = self._devices.partners_of(rows)
         for partner in np.unique(partners):
-            yield from self._push(opened, kind, revision, int(partner), self.clock_ms, rows[partners == partner])
-
-    def _push(self, opened: OpenAlert, kind: str, revision: int, partner: int, at_ms: int, rows: U32) -> Iterator[Push]:
-        ids_max = self.settings.push_ids_max
-        for start in range(0, len(rows), ids_max):
-            id_bytes, id_end = self._devices.ids_of(rows[start : start + ids_max])
-            self.counters.devices_pushed[kind] += len(id_end)
-            yield Push(partner, opened.alert.alert_id, revision, kind, opened.ring_km, at_ms, id_bytes, id_end)
+            of_partner = rows[partners == partner]
+            for start in range(0, len(of_partner), self.settings.push_ids_max):
+                id_bytes, id_end = self._devices.ids_of(of_partner[start : start + self.settings.push_ids_max])
+                self.counters.devices_pushed[kind] += len(id_end)
+                yield Push(
+                    int(partner), opened.alert.alert_id, revision, kind, opened.ring_km, self.clock_ms, id_bytes, id_end
+                )
 
     # --- pings ------------------------------------------------------------------------------------------------------
 
@@ -319,14 +318,25 @@ class ShardMachine:
         partners = self._devices.partners_of(rows)
         order = np.lexsort((partners, slots, moments))
         rows, slots, moments, partners = rows[order], slots[order], moments[order], partners[order]
-        changes = (np.diff(slots) != 0) | (np.diff(partners) != 0) | (np.diff(moments) != 0)
-        starts = [0, *(np.flatnonzero(changes) + 1).tolist(), hits]
-        for start, stop in pairwise(starts):
-            opened = self._alerts.in_slot(int(slots[start]))
-            revision = opened.alert.revision
-            yield from self._push(
-                opened, "alert", revision, int(partners[start]), int(moments[start]), rows[start:stop]
-            )
+        id_bytes, id_end = self._devices.ids_of(rows)
+        self.counters.devices_pushed["alert"] += hits
+        changes = np.flatnonzero((np.diff(slots) != 0) | (np.diff(partners) != 0) | (np.diff(moments) != 0)) + 1
+        ids_max = self.settings.push_ids_max
+        for group_start, group_stop in pairwise([0, *changes.tolist(), hits]):
+            alert = self._alerts.in_slot(int(slots[group_start]))
+            for start in range(group_start, group_stop, ids_max):
+                stop = min(start + ids_max, group_stop)
+                first_byte = int(id_end[start - 1]) if start else 0
+                yield Push(
+                    int(partners[start]),
+                    alert.alert.alert_id,
+                    alert.alert.revision,
+                    "alert",
+                    alert.ring_km,
+                    int(moments[start]),
+                    id_bytes[first_byte : int(id_end[stop - 1])],
+                    id_end[start:stop] - np.uint32(first_byte),
+                )
 
     def _count(self, counts: I64) -> None:
         self.counters.pings_accepted += int(counts[ACCEPTED])
