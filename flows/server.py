@@ -63,7 +63,7 @@ class ServerRefused(Exception):
 
 def masked_url(url: str) -> str:
     """The url as it may be shown: without its password."""
-    url = re.sub(r"(?<=://)([^/@]*):[^/@]*@", r"\1:***@", url)
+    url = re.sub(r"(?<=://)([^:@/]*):.*@", r"\1:***@", url)  # rather too much than a password with / or @ in it
     return re.sub(r"([?&](?:password|ssl_password)=)[^&]*", r"\1***", url)
 
 

@@ -11,6 +11,7 @@ An *alert slot* is a bit position, given to an alert when it is published and fr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from geoindex.cell_kernels import chord2_max
 from geoindex.columns import F64, U32, U64
 from geoindex.entries import AUTO_CLOSE_MS, Alert
 from geoindex.rings import Cover, cover_circle, growth_times_ms, radius_km, unit_vector
+from geoindex.snapshot import AlertState
 
 ZONE_COUNT = 122 * 7**5
 WORD_ALERTS = 64
@@ -102,6 +104,30 @@ class AlertIndex:
         for alert in self.open.values():
             self._set_audience(alert)
 
+    @classmethod
+    def restored(cls, partners: tuple[str, ...], alerts: Iterable[AlertState], slot_count: int) -> AlertIndex:
+        """An index with the open alerts of another, in its slots, their covers drawn anew."""
+        index = cls()
+        while index.slot_count < slot_count:
+            index._add_word()
+        index.set_partners(partners)
+        for state in alerts:
+            opened = OpenAlert(state.alert, state.slot, state.ring_km, due_ms=state.due_ms)
+            assert index._by_slot[state.slot] is None, f"alert slot {state.slot} is taken"
+            index._by_slot[state.slot] = opened
+            index.open[state.alert.alert_id] = opened
+            index._place(opened)
+            if state.covered:
+                index._cover(opened)
+        return index
+
+    def states(self) -> tuple[AlertState, ...]:
+        """The open alerts, as `restored` takes them."""
+        return tuple(
+            AlertState(opened.alert, opened.slot, opened.ring_km, opened.cover is not None, opened.due_ms)
+            for opened in self.open.values()
+        )
+
     def add(self, alert: Alert, now_ms: int) -> OpenAlert:
         """Give a slot to an alert that is not open yet. It covers nothing until `cover_ring`."""
         if None not in self._by_slot:
@@ -123,9 +149,11 @@ class AlertIndex:
     def cover_ring(self, opened: OpenAlert, now_ms: int) -> None:
         """Make the alert's ring at that time the one that devices meet."""
         self.uncover(opened)
-        alert = opened.alert
-        opened.ring_km = radius_km(alert.schedule, now_ms - alert.missing_since_ms)
-        opened.cover = cover_circle(alert.lat, alert.lng, opened.ring_km)
+        opened.ring_km = radius_km(opened.alert.schedule, now_ms - opened.alert.missing_since_ms)
+        self._cover(opened)
+
+    def _cover(self, opened: OpenAlert) -> None:
+        opened.cover = cover_circle(opened.alert.lat, opened.alert.lng, opened.ring_km)
         self.columns.chord2_max[opened.slot] = chord2_max(opened.ring_km)
         self._mark(opened.cover, opened.slot, True)
 

@@ -18,6 +18,7 @@ that a kernel never meets a column of the wrong kind.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -89,11 +90,11 @@ def pack_ids(ids: list[str]) -> tuple[U8, U32]:
     return np.frombuffer(b"".join(encoded), dtype=np.uint8).copy(), ends.astype(np.uint32)
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
+class Push(NamedTuple):
     """One queue entry: at most `push_ids_max` devices of one partner, told one thing at one moment.
 
-    `id_bytes`, `id_end`: as in `PingBatch`. `at_ms`: the shard clock. `ring_km`: the ring at `at_ms`.
+    `id_bytes`, `id_end`: as in `PingBatch`. `at_ms`: the shard clock. `ring_km`: the ring at `at_ms`. A named tuple, for
+    most pushes of a busy shard hold one device, and a frozen dataclass takes four times as long to make.
     """
 
     partner: int

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from geoindex.cell_kernels import at
 from geoindex.columns import I64, U8, U32, U64
 from geoindex.kernels import scaled
-from geoindex.numba_typing import inline_kernel, kernel, prefetch
+from geoindex.numba_typing import inline_kernel, lean_kernel, prefetch
 
 HEAD_BYTES = 12
 """Bytes of an id kept in its record."""
@@ -88,12 +89,12 @@ def find(index: U32, records: Records, a: np.uint64, b: np.uint64) -> int:
     slot = scaled(a, np.uint64(slots))
     tag = a & np.uint64(TAG_MASK)
     while True:
-        entry = index[slot]
+        entry = index[at(slot)]
         if entry == 0:
             return np.int64(-1)
         if np.uint64(entry >> TAG_SHIFT) == tag:
             row = np.int64(entry & ROW_MASK) - 1
-            if records[row].fingerprint_a == a and records[row].fingerprint_b == b:
+            if records[at(row)].fingerprint_a == a and records[at(row)].fingerprint_b == b:
                 return row
         slot += 1
         if slot == slots:
@@ -107,7 +108,7 @@ def candidate(index: U32, a: np.uint64) -> int:
     slot = scaled(a, np.uint64(slots))
     tag = a & np.uint64(TAG_MASK)
     while True:
-        entry = index[slot]
+        entry = index[at(slot)]
         if entry == 0:
             return np.int64(-1)
         if np.uint64(entry >> TAG_SHIFT) == tag:
@@ -129,7 +130,7 @@ def place(index: U32, a: np.uint64, row: int) -> None:
     index[slot] = np.uint32((a & np.uint64(TAG_MASK)) << np.uint64(TAG_SHIFT)) | np.uint32(row + 1)
 
 
-@kernel
+@lean_kernel
 def place_all(index: U32, records: Records, counts: I64) -> None:
     """Fill an empty index from the records."""
     for row in range(counts[ROWS]):
@@ -241,7 +242,7 @@ def free(table: DeviceColumns, row: int) -> None:
     counts[FREE] += 1
 
 
-@kernel
+@lean_kernel
 def sweep(table: DeviceColumns, expired_before_ms: int) -> None:
     """Wipe every location observed before that time, and free each device that no open alert has told."""
     words = table.told.shape[0]
@@ -269,7 +270,7 @@ def sweep(table: DeviceColumns, expired_before_ms: int) -> None:
             free(table, row)
 
 
-@kernel
+@lean_kernel
 def rows_told(told_word: U64, bit: np.uint64, row_count: int, rows: U32) -> int:
     """Rows told of the alert `bit` of one word of `told`, ascending -> `rows`; returns how many."""
     found = 0
@@ -279,7 +280,7 @@ def rows_told(told_word: U64, bit: np.uint64, row_count: int, rows: U32) -> int:
     return found
 
 
-@kernel
+@lean_kernel
 def forget_told(told_word: U64, bit: np.uint64, row_count: int) -> None:
     """Clear one alert's bit everywhere, so that the bit can serve another alert."""
     keep = ~(np.uint64(1) << bit)
@@ -287,7 +288,7 @@ def forget_told(told_word: U64, bit: np.uint64, row_count: int) -> None:
         told_word[row] &= keep
 
 
-@kernel
+@lean_kernel
 def partners_of(records: Records, rows: U32, partner: npt.NDArray[np.uint16]) -> None:
     """Partner of each row -> `partner` u16[n]."""
     for position in range(len(rows)):
@@ -296,7 +297,7 @@ def partners_of(records: Records, rows: U32, partner: npt.NDArray[np.uint16]) ->
         partner[position] = records[rows[position]].partner
 
 
-@kernel
+@lean_kernel
 def id_ends(records: Records, rows: U32, id_end: U32) -> None:
     """End of each row's id in the bytes of all -> `id_end` u32[n]."""
     end = 0
@@ -307,7 +308,7 @@ def id_ends(records: Records, rows: U32, id_end: U32) -> None:
         id_end[position] = end
 
 
-@kernel
+@lean_kernel
 def gather_ids(records: Records, heap: U8, rows: U32, id_bytes: U8) -> None:
     """Ids of rows, end to end -> `id_bytes` u8[id_end[-1]]."""
     byte = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,11 +29,12 @@ from geoindex.device_kernels import (
     TAIL_UNITS_MAX,
     DeviceColumns,
 )
+from geoindex.snapshot import Column, Fill
 
 _log = logging.getLogger(__name__)
 
 INDEX_SLOTS_MIN = 1024
-INDEX_LOAD_MAX = 0.75
+INDEX_LOAD_MAX = 0.7
 """Used share of the index beyond which it is rebuilt; a lookup then sees 2.5 entries on average (Knuth, 6.4)."""
 INDEX_GROWTH = 1.6
 WORD_ALERTS = 64
@@ -88,6 +90,42 @@ class DeviceTable:
             counts=np.zeros(COUNTS, np.int64),
         )
 
+    @classmethod
+    def restored(cls, counts: Sequence[int], told_words: int, fill: Fill, rows_max: int = ROWS_MAX) -> DeviceTable:
+        """A table with the rows, free lists and told bits of another: its counts, and its columns through `fill`.
+
+        Raises ValueError for counts of another layout, MemoryError for more devices than it can hold; whatever `fill`
+        raises.
+        """
+        table = cls(rows_max)
+        if len(counts) != COUNTS:
+            raise ValueError(f"a device table must have {COUNTS} counts, got {len(counts)}")
+        if counts[ROWS] > table.rows_max:
+            raise MemoryError(f"device table: at most {table.rows_max} devices in a shard, got {counts[ROWS]}")
+        table.columns.counts[:] = counts
+        table.make_alert_room(told_words * WORD_ALERTS)
+        for name, column in table.columns_in_use().items():
+            fill(name, column)
+        table._make_index(int(table.size.device_count * INDEX_GROWTH / (2 * INDEX_LOAD_MAX)))
+        return table
+
+    def columns_in_use(self) -> dict[str, Column]:
+        """Every column that is state, by name: views, up to the last row in use."""
+        columns, counts, rows = self.columns, self.columns.counts, self.row_count
+        told = {f"told_{word}": columns.told[word, :rows] for word in range(self._told_words)}
+        return {
+            "records": columns.records[:rows],
+            "cell": columns.cell[:rows],
+            **told,
+            "heap": columns.heap[: int(counts[HEAP_UNITS]) * TAIL_UNIT_BYTES],
+            "free_rows": columns.free_rows[: int(counts[FREE])],
+        }
+
+    @property
+    def told_words(self) -> int:
+        """Words of told bits a row: room for 64 alerts each."""
+        return self._told_words
+
     @property
     def row_count(self) -> int:
         """Rows ever given: where scans end."""
@@ -117,10 +155,13 @@ class DeviceTable:
             )
         slots = len(self.columns.index)
         if needed > slots * INDEX_LOAD_MAX:
-            slots = max(INDEX_SLOTS_MIN, int(max(slots * INDEX_GROWTH, needed / INDEX_LOAD_MAX + 1)))
-            self.columns = self.columns._replace(index=np.zeros(0, np.uint32))
-            self.columns = self.columns._replace(index=np.zeros(slots, np.uint32))
-            kernels.place_all(self.columns.index, self.columns.records, counts)
+            self._make_index(int(max(slots * INDEX_GROWTH, needed / INDEX_LOAD_MAX + 1)))
+
+    def _make_index(self, slots: int) -> None:
+        slots = max(INDEX_SLOTS_MIN, slots)
+        self.columns = self.columns._replace(index=np.zeros(0, np.uint32))
+        self.columns = self.columns._replace(index=np.zeros(slots, np.uint32))
+        kernels.place_all(self.columns.index, self.columns.records, self.columns.counts)
 
     def make_alert_room(self, alert_count: int) -> None:
         """Make sure that `told` has a bit for so many alerts."""

@@ -16,12 +16,12 @@ cos_max being the largest cosine of latitude on the way.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from geoindex.cell_kernels import EARTH_RADIUS_M, CellTables, locate, ring_clearance_m, unit_vector_e7
-from geoindex.columns import I32, I64, U8, U16, U32, U64
+from geoindex.cell_kernels import EARTH_RADIUS_M, CellTables, at, locate, ring_clearance_m, unit_vector_e7
+from geoindex.columns import F64, I32, I64, U8, U16, U32, U64
 from geoindex.device_kernels import (
     LOCATED,
     NO_CELL,
@@ -33,7 +33,7 @@ from geoindex.device_kernels import (
     insert,
 )
 from geoindex.kernels import hash_id, scaled
-from geoindex.numba_typing import inline_kernel, kernel, lowest_bit, prefetch
+from geoindex.numba_typing import inline_kernel, lean_kernel, lowest_bit, prefetch, prefetch_2d
 
 if TYPE_CHECKING:
     from geoindex.alerts import AlertColumns
@@ -45,7 +45,7 @@ ROOT_HALF = math.sqrt(0.5)
 POLE_COSINE = 1e-12
 """Keeps the division finite at the poles; a larger divisor makes a smaller box."""
 CELLS_PER_ZONE = 49
-BLOCK_PINGS = 32
+BLOCK_PINGS = 128
 
 # Indices into the counts of `apply_pings`.
 ACCEPTED = 0
@@ -56,7 +56,7 @@ SLOW = 4
 PING_COUNTS = 5
 
 
-@kernel
+@lean_kernel
 def mark_zones(zone_row: U32, zone_mask: U64, ranges: U32, kind: int, slot: int, covered: bool, rows_used: int) -> int:
     """Set or clear one alert's bit in every zone of `ranges` u32[n, 2]; returns the rows of `zone_mask` in use."""
     word = slot // 64
@@ -72,6 +72,25 @@ def mark_zones(zone_row: U32, zone_mask: U64, ranges: U32, kind: int, slot: int,
             else:
                 zone_mask[row, kind, word] &= ~mask
     return rows_used
+
+
+class BlockScratch(NamedTuple):
+    """What `apply_pings` notes of one block, from step to step."""
+
+    fingerprint_a: U64
+    fingerprint_b: U64
+    guess: I64
+    slow_ping: I64
+    slow_row: I64
+    slow_cell: I64
+    slow_vector: F64
+
+
+def block_scratch() -> BlockScratch:
+    """Arrays for `apply_pings`, whose kernel allocates nothing."""
+    fingerprints = (np.empty(BLOCK_PINGS, np.uint64) for _ in range(2))
+    places = (np.empty(BLOCK_PINGS, np.int64) for _ in range(4))
+    return BlockScratch(*fingerprints, *places, np.empty((BLOCK_PINGS, 4), np.float64))
 
 
 @inline_kernel
@@ -159,7 +178,7 @@ def place_ping(table: DeviceColumns, row: int, observed: int, lat_e7: np.int32, 
         record.lng_e7 = lng_e7
 
 
-@kernel
+@lean_kernel
 def apply_pings(
     table: DeviceColumns,
     alerts: AlertColumns,
@@ -181,6 +200,7 @@ def apply_pings(
     hit_slot: U32,
     hit_ping: U32,
     counts: I64,
+    scratch: BlockScratch,
 ) -> int:
     """Apply the pings `first` to `stop` in order, until they are done or the hits might not fit any more.
 
@@ -190,13 +210,17 @@ def apply_pings(
     """
     hits = counts[HITS]
     slots = alerts.zone_mask.shape[2] * 64
-    fingerprint_a = np.empty(BLOCK_PINGS, np.uint64)
-    fingerprint_b = np.empty(BLOCK_PINGS, np.uint64)
-    guess = np.empty(BLOCK_PINGS, np.int64)
-    slow_ping = np.empty(BLOCK_PINGS, np.int64)
-    slow_row = np.empty(BLOCK_PINGS, np.int64)
-    slow_cell = np.empty(BLOCK_PINGS, np.int64)
-    slow_vector = np.empty((BLOCK_PINGS, 4), np.float64)
+    fingerprint_a = scratch.fingerprint_a
+    fingerprint_b = scratch.fingerprint_b
+    guess = scratch.guess
+    slow_ping = scratch.slow_ping
+    slow_row = scratch.slow_row
+    slow_cell = scratch.slow_cell
+    slow_vector = scratch.slow_vector
+    cells = table.cell
+    told = table.told
+    zone_row = alerts.zone_row
+    zone_mask = alerts.zone_mask
     index = table.index
     records = table.records
     block = first
@@ -206,24 +230,26 @@ def apply_pings(
         block_stop = min(block + BLOCK_PINGS, stop)
         # 1. Hash, and ask for the index lines.
         start = np.int64(id_end[block - 1]) if block > 0 else np.int64(0)
-        for ping in range(block, block_stop):
+        for place in range(block_stop - block):
+            ping = at(block + place)
             end = np.int64(id_end[ping])
             a, b = hash_id(id_bytes, start, end, partner[ping], secrets)
-            fingerprint_a[ping - block] = a
-            fingerprint_b[ping - block] = b
+            fingerprint_a[at(place)] = a
+            fingerprint_b[at(place)] = b
             prefetch(index, scaled(a, np.uint64(len(index))))
             start = end
         # 2. Guess the rows, and ask for the records.
-        for ping in range(block, block_stop):
-            row = candidate(index, fingerprint_a[ping - block])
-            guess[ping - block] = row
+        for place in range(block_stop - block):
+            row = candidate(index, fingerprint_a[at(place)])
+            guess[at(place)] = row
             if row >= 0:
                 prefetch(records, row)
         # 3. Pings that stay in their box are done here. The others, in order, with all later ones of their devices, are
         #    kept for a close look: what that needs is asked for, and many of them overlap.
         slow = 0
-        for ping in range(block, block_stop):
-            now_ms = at_ms[ping * at_step]
+        for place in range(block_stop - block):
+            ping = at(block + place)
+            now_ms = at_ms[at((block + place) * at_step)]
             observed = observed_at_ms[ping]
             if observed > now_ms + future_tolerance_ms:
                 counts[FROM_THE_FUTURE] += 1
@@ -232,15 +258,13 @@ def apply_pings(
                 counts[TOO_OLD] += 1
                 continue
             counts[ACCEPTED] += 1
-            row = guess[ping - block]
-            known = row >= 0 and (
-                records[row].fingerprint_a == fingerprint_a[ping - block]
-                and records[row].fingerprint_b == fingerprint_b[ping - block]
-            )
-            if not known:
-                row = find(index, records, fingerprint_a[ping - block], fingerprint_b[ping - block])
+            a = fingerprint_a[at(place)]
+            b = fingerprint_b[at(place)]
+            row = guess[at(place)]
+            if row < 0 or records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
+                row = find(index, records, a, b)
             if row >= 0:
-                record = records[row]
+                record = records[at(row)]
                 if record.waiting == 0:
                     if observed >= record.observed_at_ms:
                         if stays(record, lat_e7[ping], lng_e7[ping]):
@@ -252,25 +276,25 @@ def apply_pings(
                         # A late ping moves nothing, and nothing has changed for this device since it was settled.
                         continue
                 record.waiting = 1
-                prefetch(table.cell, row)
-                for word in range(table.told.shape[0]):
-                    prefetch(table.told[word], row)
-            slow_ping[slow] = ping
-            slow_row[slow] = row
+                prefetch(cells, row)
+                for word in range(told.shape[0]):
+                    prefetch_2d(told, word, row)
+            slow_ping[at(slow)] = block + place
+            slow_row[at(slow)] = row
             slow += 1
         counts[SLOW] += slow
         # 4. Where are they? Nothing here depends on the ping before, so the arithmetic of several overlaps.
         for place in range(slow):
-            ping = slow_ping[place]
+            ping = at(slow_ping[place])
             cell, x, y, z, clearance_m = locate(lat_e7[ping], lng_e7[ping], tables)
             slow_cell[place] = cell
             slow_vector[place, 0] = x
             slow_vector[place, 1] = y
             slow_vector[place, 2] = z
             slow_vector[place, 3] = clearance_m
-            prefetch(alerts.zone_row, cell // CELLS_PER_ZONE)
+            prefetch(zone_row, cell // CELLS_PER_ZONE)
         for place in range(slow):
-            prefetch(alerts.zone_mask, alerts.zone_row[slow_cell[place] // CELLS_PER_ZONE])
+            prefetch(zone_mask, zone_row[slow_cell[place] // CELLS_PER_ZONE])
         # 5. The close look, in order.
         for place in range(slow):
             ping = slow_ping[place]
@@ -302,7 +326,7 @@ def apply_pings(
     return block
 
 
-@kernel
+@lean_kernel
 def scan_ring(
     table: DeviceColumns, alerts: AlertColumns, tables: CellTables, slot: int, live_from_ms: int, hit_row: U32
 ) -> int:

@@ -43,6 +43,14 @@ def kernel(function: F) -> F:
     return cast(F, compiled)
 
 
+def lean_kernel(function: F) -> F:
+    """As `kernel`, for loops that allocate nothing: compiled without reference counts, which `inline_kernel` tells of."""
+    compiled = _njit(cache=True, nogil=True, fastmath=False, boundscheck=False, error_model="numpy", _nrt=False)(
+        function
+    )
+    return cast(F, compiled)
+
+
 def inline_kernel(function: F) -> F:
     """As `kernel`, for steps called from other kernels: LLVM always merges the code into its caller.
 
@@ -62,6 +70,18 @@ def inline_kernel(function: F) -> F:
     return cast(F, compiled)
 
 
+def _emit_prefetch(builder: Any, address: Any) -> None:
+    """LLVM's prefetch instruction for an address: read (0), keep in every cache level (3), data (1)."""
+    byte_address = builder.bitcast(address, _cgutils.voidptr_t)
+    int32 = ir.IntType(32)
+    instruction = _cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [_cgutils.voidptr_t, int32, int32, int32]),
+        "llvm.prefetch.p0",
+    )
+    builder.call(instruction, [byte_address, int32(0), int32(3), int32(1)])
+
+
 def _prefetch(_typing_context: Any, array: Any, index: Any) -> Any:
     """Build `prefetch`: the address of `array[index, 0, ...]` handed to LLVM's prefetch instruction."""
     if not isinstance(array, _types.Array) or not isinstance(index, _types.Integer):
@@ -73,18 +93,29 @@ def _prefetch(_typing_context: Any, array: Any, index: Any) -> Any:
         position = context.cast(builder, arguments[1], index_type, _types.intp)
         indices = [position] + [context.get_constant(_types.intp, 0)] * (array_type.ndim - 1)
         address = _cgutils.get_item_pointer(context, builder, array_type, array_value, indices, wraparound=False)
-        byte_address = builder.bitcast(address, _cgutils.voidptr_t)
-        int32 = ir.IntType(32)
-        instruction = _cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [_cgutils.voidptr_t, int32, int32, int32]),
-            "llvm.prefetch.p0",
-        )
-        # Read (0), keep in every cache level (3), data (1).
-        builder.call(instruction, [byte_address, int32(0), int32(3), int32(1)])
+        _emit_prefetch(builder, address)
         return context.get_dummy_value()
 
     return _types.void(array, index), generate
+
+
+def _prefetch_2d(_typing_context: Any, array: Any, row: Any, column: Any) -> Any:
+    """Build `prefetch_2d`: as `prefetch`, for one element of a matrix."""
+    if not isinstance(array, _types.Array) or array.ndim != 2:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_type, row_type, column_type = signature.args
+        array_value = context.make_array(array_type)(context, builder, arguments[0])
+        indices = [
+            context.cast(builder, arguments[1], row_type, _types.intp),
+            context.cast(builder, arguments[2], column_type, _types.intp),
+        ]
+        address = _cgutils.get_item_pointer(context, builder, array_type, array_value, indices, wraparound=False)
+        _emit_prefetch(builder, address)
+        return context.get_dummy_value()
+
+    return _types.void(array, row, column), generate
 
 
 def _mulhi_lo(_typing_context: Any, a: Any, b: Any) -> Any:
@@ -108,6 +139,9 @@ prefetch = cast(Callable[[npt.NDArray[Any], Any], None], intrinsic(_prefetch))
 `array`: any dtype, any number of dimensions (`index` counts along the first). `index`: any integer type, not
 negative; one beyond the array is harmless, for a prefetch never faults. Writes nothing, returns nothing.
 """
+
+prefetch_2d = cast(Callable[[npt.NDArray[Any], Any, Any], None], intrinsic(_prefetch_2d))
+"""`prefetch_2d(matrix, row, column)`: as `prefetch`, for one element of a matrix."""
 
 mulhi_lo = cast(Callable[[Any, Any], tuple[np.uint64, np.uint64]], intrinsic(_mulhi_lo))
 """`mulhi_lo(a, b) -> (high, low)`, inside kernels only: the 128-bit product of two u64, as two u64."""

@@ -13,6 +13,7 @@ pushes are grouped into queue entries. The rules are those of design section 3; 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ import numpy as np
 from geoindex import match_kernels as kernels
 from geoindex.alerts import NEVER, AlertIndex, OpenAlert
 from geoindex.cells import cell_tables
-from geoindex.columns import I64, U32, PingBatch, Push
+from geoindex.columns import I64, U8, U32, PingBatch, Push
 from geoindex.devices import DeviceTable, TableSize
 from geoindex.entries import (
     EMISSION_VERSION,
@@ -36,6 +37,7 @@ from geoindex.entries import (
 from geoindex.kernels import hash_secrets
 from geoindex.match_kernels import ACCEPTED, FROM_THE_FUTURE, HITS, PING_COUNTS, SLOW, TOO_OLD
 from geoindex.rings import radius_km
+from geoindex.snapshot import Columns, Fill, MachineState, Snapshot, copied, room_bytes
 
 MINUTE_MS = 60_000
 HITS_MIN = 1 << 16
@@ -74,7 +76,7 @@ class ShardMachine:
         self.clock_ms = 0
         self.counters = ShardCounters()
         self._settings: Settings | None = None
-        self._secrets = np.zeros(6, np.uint64)
+        self._secrets = hash_secrets(0)
         self._devices = DeviceTable()
         self._alerts = AlertIndex()
         self._closed: set[str] = set()
@@ -84,6 +86,7 @@ class ShardMachine:
         self._hit_row = np.empty(0, np.uint32)
         self._hit_slot = np.empty(0, np.uint32)
         self._hit_ping = np.empty(0, np.uint32)
+        self._scratch = kernels.block_scratch()
 
     @property
     def settings(self) -> Settings:
@@ -126,6 +129,59 @@ class ShardMachine:
                 pass
         self._due_ms = self._alerts.next_due_ms()
         return pushes
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """How much room a snapshot's columns need. May be asked from another thread, which then learns about it."""
+        return room_bytes(self._devices.columns_in_use())
+
+    def snapshot(self, room: U8 | None = None) -> Snapshot:
+        """A copy of the machine's state between two entries; of its columns in `room`, if they fit there."""
+        return Snapshot(self.state(), copied(self._devices.columns_in_use(), room))
+
+    def state(self) -> MachineState:
+        """Everything but the columns."""
+        return MachineState(
+            settings=self._settings,
+            clock_ms=self.clock_ms,
+            sweep_due_ms=self._sweep_due_ms,
+            last_desk_id=self._last_desk_id,
+            closed=tuple(sorted(self._closed)),
+            alerts=self._alerts.states(),
+            alert_slot_count=self._alerts.slot_count,
+            told_words=self._devices.told_words,
+            table_counts=tuple(self._devices.columns.counts.tolist()),
+            counters=deepcopy(self.counters),
+        )
+
+    def columns(self) -> Columns:
+        """The columns themselves, not a copy: only while no entry is applied."""
+        return self._devices.columns_in_use()
+
+    @classmethod
+    def restored(cls, state: MachineState, fill: Fill) -> ShardMachine:
+        """A machine that goes on where another was: what it pushes from there on is the same, entry by entry.
+
+        Raises SettingsRefused if this program does not follow its settings, ValueError or MemoryError if its table is
+        not one of ours; whatever `fill` raises.
+        """
+        machine = cls()
+        if state.settings is not None:
+            machine._check_settings(state.settings)
+            machine._settings = state.settings
+            machine._secrets = hash_secrets(state.settings.hash_key)
+        partners = () if state.settings is None else state.settings.partners
+        machine._devices = DeviceTable.restored(state.table_counts, state.told_words, fill)
+        machine._alerts = AlertIndex.restored(partners, state.alerts, state.alert_slot_count)
+        machine._closed = set(state.closed)
+        machine._last_desk_id = state.last_desk_id
+        machine._sweep_due_ms = state.sweep_due_ms
+        machine._due_ms = machine._alerts.next_due_ms()
+        machine.clock_ms = state.clock_ms
+        machine.counters = deepcopy(state.counters)
+        return machine
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -307,6 +363,7 @@ class ShardMachine:
             self._hit_slot,
             self._hit_ping,
             counts,
+            self._scratch,
         )
 
     def _push_hits(self, at_ms: I64, at_step: int, hits: int) -> Iterator[Push]:
@@ -317,24 +374,28 @@ class ShardMachine:
         moments = at_ms[self._hit_ping[:hits].astype(np.int64) * at_step]
         partners = self._devices.partners_of(rows)
         order = np.lexsort((partners, slots, moments))
-        rows, slots, moments, partners = rows[order], slots[order], moments[order], partners[order]
-        id_bytes, id_end = self._devices.ids_of(rows)
+        id_bytes, id_end = self._devices.ids_of(rows[order])
         self.counters.devices_pushed["alert"] += hits
-        changes = np.flatnonzero((np.diff(slots) != 0) | (np.diff(partners) != 0) | (np.diff(moments) != 0)) + 1
+        slots, moments, partners = slots[order], moments[order], partners[order]
+        same = (slots[1:] == slots[:-1]) & (partners[1:] == partners[:-1]) & (moments[1:] == moments[:-1])
+        starts = [0, *(np.flatnonzero(~same) + 1).tolist(), hits]
+        ends = [0, *id_end.tolist()]
+        slot_of, moment_of, partner_of = slots.tolist(), moments.tolist(), partners.tolist()
         ids_max = self.settings.push_ids_max
-        for group_start, group_stop in pairwise([0, *changes.tolist(), hits]):
-            alert = self._alerts.in_slot(int(slots[group_start]))
+        for group_start, group_stop in pairwise(starts):
+            opened = self._alerts.in_slot(slot_of[group_start])
+            alert = opened.alert
             for start in range(group_start, group_stop, ids_max):
                 stop = min(start + ids_max, group_stop)
-                first_byte = int(id_end[start - 1]) if start else 0
+                first_byte = ends[start]
                 yield Push(
-                    int(partners[start]),
-                    alert.alert.alert_id,
-                    alert.alert.revision,
+                    partner_of[start],
+                    alert.alert_id,
+                    alert.revision,
                     "alert",
-                    alert.ring_km,
-                    int(moments[start]),
-                    id_bytes[first_byte : int(id_end[stop - 1])],
+                    opened.ring_km,
+                    moment_of[start],
+                    id_bytes[first_byte : ends[stop]],
                     id_end[start:stop] - np.uint32(first_byte),
                 )
 

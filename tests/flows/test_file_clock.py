@@ -23,9 +23,7 @@ def arrivals(
 ) -> tuple[list[int], list[bool], int]:
     """(clock of each row, whether it is accepted, the clock afterwards)."""
     at_ms, accepted = np.zeros(len(observed_at_ms), np.int64), np.zeros(len(observed_at_ms), np.bool_)
-    after_ms = clock_of_arrivals(
-        column(arrived_at_ms), column(observed_at_ms), clock_ms, TOLERANCE_MS, at_ms, accepted
-    )
+    after_ms = clock_of_arrivals(column(arrived_at_ms), column(observed_at_ms), clock_ms, TOLERANCE_MS, at_ms, accepted)
     return at_ms.tolist(), accepted.tolist(), int(after_ms)
 
 
