@@ -9,7 +9,8 @@ An alert may also say `schedule` ([[hours, km], ..., [null, km]]), `expires_at`,
 its words (`CONTENT_FIELDS`), which never travel through the matcher. A field with any other name is refused: a typo in
 `expires_at` must not become an alert that expires when nobody meant it to.
 
-An update says what changes: a field it leaves out stays as it is, and null means the default again.
+An update says what changes: a field it leaves out stays as it is, and null means the default again. In a file, an
+update that names location and missing_since is a complete revision: what it leaves out is at its default.
 """
 
 from __future__ import annotations
@@ -362,8 +363,8 @@ def parse_alert_event(
 
     An update that names location and missing_since is a complete revision; one that leaves either out changes only what
     it names. Revisions: a publish without one gets 1, an update without one the known + 1. None for an event without
-    effect (a revision not above the known one, an alert that is closed), which is noted in `state.notes`. `desk_id`: the
-    event's place among the events, rising. `where`: what messages begin with, say "alerts.jsonl:3".
+    effect (a revision not above the known one, an alert that is closed), which is noted in `state.notes`.
+    `desk_id`: the event's place among the events, rising. `where`: what messages begin with, say "alerts.jsonl:3".
     Raises AlertRefused (a ValueError): malformed, an update or close of an alert never published, a change of status.
     """
     if not isinstance(event, dict):

@@ -36,6 +36,10 @@ class FlowConfig:
     """Entries of one shard inside the flow: enough to keep it busy, few enough to stay in the cache."""
     read_ahead_mb: int = 256
     """Entries read and not pushed yet, over all shards of the process."""
+    checkpoint_interval_s: int = 60
+    """Between two checkpoints of a shard; 0: none. A restart replays so much log, and twice as much is kept."""
+    trim_logs: bool = True
+    """Trim logs behind checkpoints. Without that they keep all, for audits, and raw pings for longer than promised."""
     idle_wait_ms: int = 50
     """How long a source partition may wait when there is nothing to do; 5 in a Bytewax cluster, whose other processes
     send this worker items meanwhile."""
@@ -50,6 +54,7 @@ class FlowConfig:
             ("memory_mb", self.memory_mb, 0, 1 << 24),
             ("in_flight_max", self.in_flight_max, 1, 1 << 16),
             ("read_ahead_mb", self.read_ahead_mb, 1, 1 << 20),
+            ("checkpoint_interval_s", self.checkpoint_interval_s, 0, 1_200),
             ("idle_wait_ms", self.idle_wait_ms, 0, 1_000),
         ):
             if not least <= value <= most:
@@ -67,6 +72,10 @@ class FlowConfig:
     @property
     def embedded_directory(self) -> Path:
         return self.var / "valkey"
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        return self.var / "checkpoints"
 
     def shard_list(self, shard_count: int) -> list[int]:
         """The shards of this process, ascending. Raises ValueError if one is not below `shard_count`."""
@@ -132,5 +141,7 @@ _PARSERS: dict[str, Any] = {
     "memory_mb": _whole,
     "in_flight_max": _whole,
     "read_ahead_mb": _whole,
+    "checkpoint_interval_s": _whole,
+    "trim_logs": _flag,
     "idle_wait_ms": _whole,
 }

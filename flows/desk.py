@@ -32,7 +32,7 @@ from flows.log import (
     relay_key,
 )
 from flows.metrics import METRICS, Metrics
-from flows.server import LinkOpener, ServerRefused
+from flows.server import LinkOpener, ServerRefused, worth_a_line
 from flows.wire import MalformedEntry, decode_entry, encode_entry
 from geoindex.entries import AUTO_CLOSE_MS, Alert, AlertClose, AlertRevision
 
@@ -369,7 +369,7 @@ class RelayThread:
                 if self._stopping.is_set():
                     break
                 failures += 1
-                if failures & (failures - 1) == 0:
+                if worth_a_line(failures):
                     logger.warning("alert events cannot be copied to the logs (try %d): %s", failures, error)
                 self._stopping.wait(min(1.0, 0.02 * 2 ** min(failures, 8)))
         if self._link is not None:

@@ -4,9 +4,12 @@
                              ^                                                        │ on_done
                              └───────────────── credit, `done` ──────────────────────┘
     desk-relay thread: alert events from the desk to the logs        stats-publisher thread: numbers once a second
+    checkpoints thread: files, and trimming behind them
 
-Starting: check the server, read the settings (or write them, on a server without logs), read every log from its
-first entry. Entries whose pushes stand in the queues already are refused there one by one, so a replay adds nothing.
+Starting: check the server, read the settings (or write them, on a server without logs). Each shard then starts behind
+its newest usable checkpoint, or from its log's first entry, and does so again when the server was restarted or the log
+was trimmed beyond what was read. Entries whose pushes stand in the queues already are refused there one by one, so a
+replay adds nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +17,43 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import redis
+from bytewax.errors import BytewaxRuntimeError
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
 from bytewax.testing import run_main
 
+from flows.checkpointer import Checkpointer, LogTooShort
+from flows.checkpoints import CheckpointStore
 from flows.config import FlowConfig
 from flows.desk import RelayThread
-from flows.log import FIRST, LogReader, RawEntry, ReaderLimits, check_server, ensure_settings, read_settings
+from flows.log import (
+    FIRST,
+    NOT_STARTED,
+    LogId,
+    LogReader,
+    RawEntry,
+    ReaderLimits,
+    check_server,
+    ensure_settings,
+    format_id,
+    read_settings,
+)
 from flows.match import Reload, ShardPushes, build_flow, shard_key, shard_of_key
 from flows.metrics import METRICS, Metrics, StatsPublisher
 from flows.queues import PushWriter
-from flows.server import link_opener
-from geoindex.entries import Settings
-from geoindex.shard import ShardMachine
+from flows.server import link_opener, worth_a_line
+from geoindex.entries import HOUR_MS, Settings
+from geoindex.shard import SettingsRefused, ShardMachine
 
 logger = logging.getLogger(__name__)
 
+BEGIN_RETRY_S = 0.2
 ENTRIES_PER_BATCH = 8
 """Log entries that a partition hands over at once."""
 _AT_ONCE = datetime(2000, 1, 1, tzinfo=UTC)
@@ -44,28 +63,61 @@ _AT_ONCE = datetime(2000, 1, 1, tzinfo=UTC)
 class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
     """The shard logs as Bytewax partitions. Never blocks longer than `idle_wait_s`; ends when told to stop."""
 
-    def __init__(self, reader: LogReader, shards: Sequence[int], idle_wait_s: float, stopping: threading.Event) -> None:
+    def __init__(
+        self,
+        reader: LogReader,
+        checkpointer: Checkpointer,
+        shards: Sequence[int],
+        idle_wait_s: float,
+        stopping: threading.Event,
+    ) -> None:
         self._reader = reader
+        self._checkpointer = checkpointer
         self._shards = shards
         self._idle_wait_s = idle_wait_s
         self._stopping = stopping
+        self._waiting_workers: set[int] = set()
+        self.problem: Exception | None = None
+        """Why a shard cannot start, now or ever; the flow then ends."""
 
     def list_parts(self) -> list[str]:
         return [shard_key(shard) for shard in self._shards]
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> _LogPartition:
-        shard = shard_of_key(for_part)
-        # One partition waits for all: a wait in each would add up.
-        waits_for = self._shards if shard == self._shards[0] else ()
-        return _LogPartition(self._reader, shard, waits_for, self._idle_wait_s, self._stopping)
+        # One partition of a worker waits for all: a wait in each would add up.
+        worker = threading.get_ident()
+        waits_for = () if worker in self._waiting_workers else self._shards
+        self._waiting_workers.add(worker)
+        return _LogPartition(
+            self._reader, shard_of_key(for_part), waits_for, self._idle_wait_s, self._stopping, self._begin
+        )
+
+    def _begin(self, shard: int) -> LogId | None:
+        """Where a shard starts; None if it cannot. Raises redis.RedisError, OSError: then try again."""
+        try:
+            return self._checkpointer.begin(shard)
+        except (LogTooShort, SettingsRefused, MemoryError) as problem:
+            # Bytewax would wrap an exception in errors of its own, and print the stack of its engine.
+            self.problem = problem
+            self._stopping.set()
+            return None
 
 
 class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]):
     def __init__(
-        self, reader: LogReader, shard: int, waits_for: Sequence[int], idle_wait_s: float, stopping: threading.Event
+        self,
+        reader: LogReader,
+        shard: int,
+        waits_for: Sequence[int],
+        idle_wait_s: float,
+        stopping: threading.Event,
+        begin: Callable[[int], LogId | None],
     ) -> None:
         self._reader = reader
         self._shard = shard
+        self._position_of = begin
+        self._begin_at_s = 0.0
+        self._begin_failures = 0
         self._key = shard_key(shard)
         self._waits_for = waits_for
         self._idle_wait_s = idle_wait_s
@@ -79,11 +131,30 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
         entries = self._reader.take(self._shard, ENTRIES_PER_BATCH)
         if not entries:
             reason = self._reader.stopped().get(self._shard)
-            if reason is not None:
-                logger.warning("shard %d: reads its log again from the beginning: %s", self._shard, reason)
-                self._reader.seek(self._shard, FIRST)
-                return [(self._key, Reload(self._shard))]
+            # Not before the reader knows its run of the server: it then notices when what `begin` sees is over.
+            if reason is not None and self._reader.run_id is not None:
+                return self._begin(reason)
         return [(self._key, entry) for entry in entries]
+
+    def _begin(self, reason: str) -> list[tuple[str, RawEntry | Reload]]:
+        """Start the shard, or start it anew; nothing yet if the server or the disk does not answer."""
+        if time.monotonic() < self._begin_at_s:
+            return []
+        try:
+            position = self._position_of(self._shard)
+        except (redis.RedisError, OSError) as error:
+            self._begin_failures += 1
+            self._begin_at_s = time.monotonic() + BEGIN_RETRY_S
+            if worth_a_line(self._begin_failures):
+                logger.warning("shard %d cannot start yet (try %d): %s", self._shard, self._begin_failures, error)
+            return []
+        if position is None:
+            return []
+        self._begin_failures = 0
+        level = logging.DEBUG if reason == NOT_STARTED and position == FIRST else logging.WARNING
+        logger.log(level, "shard %d: reads its log from %s on: %s", self._shard, format_id(position), reason)
+        self._reader.seek(self._shard, position)
+        return [(self._key, Reload(self._shard, position))]
 
     def next_awake(self) -> datetime:
         return _AT_ONCE
@@ -145,49 +216,83 @@ class LiveFlow:
             process_bytes_max=config.read_ahead_mb << 20,
             in_flight_max=config.in_flight_max,
         )
-        self._reader = LogReader(open_link, dict.fromkeys(self._shards, FIRST), limits, self.metrics)
-        self._writer = PushWriter(open_link, self._reader.release, self.metrics)
+        self._reader = LogReader(open_link, dict.fromkeys(self._shards), limits, self.metrics)
+        self._checkpointer = Checkpointer(
+            CheckpointStore(config.checkpoint_directory, settings),
+            client,
+            self._shards,
+            config.checkpoint_interval_s,
+            settings.live_window_ms + HOUR_MS,
+            self.metrics,
+            config.trim_logs,
+        )
+        self._writer = PushWriter(open_link, self._on_done, self.metrics)
         self._relay = RelayThread(client, open_link, self.metrics)
         self._stats = StatsPublisher(client, self.metrics, self._set_gauges)
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Start the threads and the dataflow; return after a clean stop.
 
-        Raises SettingsRefused if the log's settings are not this program's; whatever a broken invariant raises.
+        Raises SettingsRefused if the log's settings are not this program's; LogTooShort if a shard can be started from
+        nothing; whatever a broken invariant raises.
         """
         self._reader.start()
         self._writer.start()
+        self._checkpointer.start()
         self._relay.start()
         self._stats.start()
         on_ready()
-        source = LogSource(self._reader, self._shards, self._idle_wait_s, self._stopping)
+        source = LogSource(self._reader, self._checkpointer, self._shards, self._idle_wait_s, self._stopping)
         sink = QueueSink(self._writer, self._shards, self.metrics)
         try:
-            run_main(build_flow(source, sink, self._new_machine))
+            run_main(build_flow(source, sink, self._machine_of, self._checkpointer.after_entry))
+            if source.problem is not None:
+                raise source.problem
             if not self._writer.drain(10.0):
                 logger.warning("stopped with pushes that the server has not taken; the next start writes them")
+            self._checkpointer.stop()
+            self._checkpointer.finish()
+        except BytewaxRuntimeError as error:
+            refusal = _refusal_behind(error)
+            if refusal is None:
+                raise
+            raise refusal from None
         finally:
             self._stopping.set()
             self._relay.stop()
             self._reader.stop()
             self._writer.stop()
+            self._checkpointer.stop()
             self._stats.stop()
 
     def stop(self) -> None:
         """Ask the flow to end: what is in it still goes out. May be called from a signal handler."""
         self._stopping.set()
 
-    def _new_machine(self, shard: int) -> ShardMachine:
-        machine = self._machines[shard] = ShardMachine()
+    def _machine_of(self, reload: Reload) -> ShardMachine:
+        self._machines.pop(reload.shard, None)
+        machine = self._machines[reload.shard] = self._checkpointer.machine_at(reload.shard, reload.position)
         return machine
 
+    def _on_done(self, shard: int, log_id: LogId) -> None:
+        self._reader.release(shard, log_id)
+        self._checkpointer.on_done(shard, log_id)
+
     def _set_gauges(self) -> None:
+        self._checkpointer.set_gauges()
         for shard in self._shards:
             self.metrics.gauge("lag_ms", self._reader.lag_ms(shard), shard=str(shard))
         for shard, machine in list(self._machines.items()):
             size = machine.size
             self.metrics.gauge("devices_live", size.located_count, shard=str(shard))
             self.metrics.gauge("table_memory_bytes", size.memory_bytes, shard=str(shard))
+
+
+def _refusal_behind(error: BaseException | None) -> SettingsRefused | None:
+    """What a shard machine raised, in the errors that Bytewax wraps it in."""
+    while error is not None and not isinstance(error, SettingsRefused):
+        error = error.__cause__
+    return error
 
 
 def open_flow(config: FlowConfig, client: redis.Redis, first_settings: Settings) -> LiveFlow:

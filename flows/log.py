@@ -30,7 +30,7 @@ from typing import Any, cast
 import redis
 
 from flows.metrics import METRICS, Metrics
-from flows.server import Link, LinkOpener, ServerRefused, check_server, connect, masked_url, packed
+from flows.server import Link, LinkOpener, ServerRefused, check_server, connect, masked_url, packed, worth_a_line
 from flows.wire import (
     SETTINGS,
     MalformedEntry,
@@ -81,6 +81,9 @@ PINGS_PER_ENTRY_MAX = 16_384
 """About 750 KB. Larger gains nothing: decoding costs 1 ns a ping less at most, and an entry is the unit of latency."""
 SEND_BYTES = 8 << 20
 """Appends sent before their replies are read."""
+REPLY_ENTRIES_MAX = 64
+REPLY_BYTES_MAX = 16 << 20
+"""Of one read over all shards, by the mean size of entries so far; the number of entries bounds the rest."""
 TICK_S = 1.0
 """A log silent for this long gets a tick."""
 BLOCK_S = 1.0
@@ -88,6 +91,8 @@ FULL_BLOCK_S = 0.005
 """Instead, while a shard waits for room: it must not wait for another shard's next entry."""
 STOPPED_BLOCK_S = 0.05
 """Instead, while a shard waits for a `seek`."""
+NOT_STARTED = "it has not been read yet"
+"""Why a shard waits for its first `seek`."""
 
 
 def log_key(shard: int) -> str:
@@ -406,18 +411,21 @@ class LogReader:
     def __init__(
         self,
         open_link: LinkOpener,
-        positions: Mapping[int, LogId],
+        positions: Mapping[int, LogId | None],
         limits: ReaderLimits | None = None,
         metrics: Metrics = METRICS,
         writes_ticks: bool = True,
     ) -> None:
-        """`positions`: for each shard the id of the last entry that is *not* to be read again."""
+        """`positions`: for each shard the id of the last entry that is *not* to be read again; None: `seek` says."""
         self._open_link = open_link
         self._limits = limits or ReaderLimits()
         self._metrics = metrics
         self._writes_ticks = writes_ticks
         self._bytes_max = self._limits.process_bytes_max // max(1, len(positions))
-        self._shards = {shard: _Shard(position) for shard, position in positions.items()}
+        self._shards = {
+            shard: _Shard(FIRST, stopped=NOT_STARTED) if position is None else _Shard(position)
+            for shard, position in positions.items()
+        }
         self._shard_of_key = {log_key(shard).encode(): shard for shard in positions}
         self._entry_bytes = 64 << 10  # running mean, for COUNT
         self._link: Link | None = None
@@ -499,6 +507,11 @@ class LogReader:
         with self._changed:
             return {shard: state.stopped for shard, state in self._shards.items() if state.stopped is not None}
 
+    @property
+    def run_id(self) -> str | None:
+        """The run of the server that is read from; None before the first connection."""
+        return self._run_id
+
     def at_head(self, shard: int) -> bool:
         """Whether the shard's log had nothing more when it was last read, and nothing of it waits or is in flight."""
         with self._changed:
@@ -506,7 +519,10 @@ class LogReader:
             return state.at_head and not state.queue and not state.in_flight
 
     def lag_ms(self, shard: int) -> float:
-        """Age of the oldest entry that was not released yet, by the server's clock; 0 at the head of the log."""
+        """Age of the oldest entry read and not released yet, by the server's clock; 0 if there is none.
+
+        Without a server, or while the shard is stopped: the age of the last entry read.
+        """
         with self._changed:
             state = self._shards[shard]
             link = self._link
@@ -514,8 +530,8 @@ class LogReader:
                 oldest_ms = state.in_flight[0][0][0]
             elif state.queue:
                 oldest_ms = state.queue[0].ms
-            elif state.at_head:
-                return 0.0
+            elif link is not None and state.stopped is None:
+                return 0.0  # what has come since is being read
             else:
                 oldest_ms = state.position[0]
             now_ms = link.now_ms() if link is not None else time.time() * 1000
@@ -567,7 +583,9 @@ class LogReader:
             block_s = min(block_s, STOPPED_BLOCK_S)
         elif held_up:
             block_s = min(block_s, FULL_BLOCK_S)
-        count = max(1, min(room, room_bytes // self._entry_bytes))
+        # Per stream. At least 2, so that one entry alone shows that there are no more.
+        per_reply = min(REPLY_ENTRIES_MAX, REPLY_BYTES_MAX // self._entry_bytes) // len(open_to_read)
+        count = max(2, min(room, room_bytes // self._entry_bytes, per_reply))
 
         # One write: the server answers the ticks, blocks in XREAD, and then answers MGET. `trimmed` only ever rises and
         # is set together with the trim, so one read *after* the entries says at least as much as one read with them.
@@ -688,7 +706,7 @@ class LogReader:
             return
         self._failures_in_a_row += 1
         self._metrics.count("log_read_errors_total")
-        if self._failures_in_a_row & (self._failures_in_a_row - 1) == 0:  # 1st, 2nd, 4th, 8th ...
+        if worth_a_line(self._failures_in_a_row):
             logger.warning("cannot read the logs (try %d): %s", self._failures_in_a_row, error)
         self._stopping.wait(min(1.0, 0.02 * 2 ** min(self._failures_in_a_row, 8)))
 

@@ -20,11 +20,16 @@ from bytewax.inputs import FixedPartitionedSource
 from bytewax.operators import StatefulBatchLogic
 from bytewax.outputs import FixedPartitionedSink
 
-from flows.log import RawEntry
+from flows.log import FIRST, LogId, RawEntry
 from flows.wire import MalformedEntry, PingColumns, decode_entry, screen_pings
 from geoindex.columns import Push
 from geoindex.entries import LogEntry
 from geoindex.shard import ShardMachine
+
+MachineOf = Callable[["Reload"], ShardMachine]
+"""The machine that a shard starts with."""
+AfterEntry = Callable[[RawEntry, ShardMachine], None]
+"""Told of every entry that a machine has seen, before it sees the next."""
 
 
 def shard_key(shard: int) -> str:
@@ -46,9 +51,10 @@ class Undecodable:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """In place of an entry: what was read of this shard may not be true any more; its machine starts anew."""
+    """In place of an entry: the shard's machine starts, or starts anew, behind log entry `position`."""
 
     shard: int
+    position: LogId = FIRST
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +98,22 @@ def decode(raw: RawEntry | Reload) -> Entry | Reload:
 class ShardLogic(StatefulBatchLogic[Entry | Reload, ShardPushes, None]):
     """Bytewax's view of one shard machine. Its state is the log's, so there is nothing for Bytewax to store."""
 
-    def __init__(self, machine_of: Callable[[int], ShardMachine]) -> None:
+    def __init__(self, machine_of: MachineOf, after_entry: AfterEntry) -> None:
         self._machine_of = machine_of
+        self._after_entry = after_entry
         self._machine: ShardMachine | None = None
 
     def on_batch(self, values: list[Entry | Reload]) -> tuple[Iterable[ShardPushes], bool]:
         caused: list[ShardPushes] = []
         for entry in values:
             if isinstance(entry, Reload):
-                self._machine = self._machine_of(entry.shard)
+                self._machine = self._machine_of(entry)
                 continue
             if self._machine is None:
                 # Bytewax does not say which key it builds a logic for; the first entry does.
-                self._machine = self._machine_of(entry.raw.shard)
+                self._machine = self._machine_of(Reload(entry.raw.shard))
             caused.append(step(self._machine, entry))
+            self._after_entry(entry.raw, self._machine)
         return caused, StatefulBatchLogic.RETAIN
 
     def snapshot(self) -> None:
@@ -137,12 +145,13 @@ def step(machine: ShardMachine, entry: Entry) -> ShardPushes:
 def build_flow(
     source: FixedPartitionedSource[Any, Any],
     sink: FixedPartitionedSink[ShardPushes, Any],
-    machine_of: Callable[[int], ShardMachine],
+    machine_of: MachineOf,
+    after_entry: AfterEntry = lambda raw, machine: None,
 ) -> Dataflow:
-    """The flow from logs to queues. `machine_of(shard)`: the machine that a shard starts with."""
+    """The flow from logs to queues."""
     flow = Dataflow("tuanyuan")
     raw_entries = op.input("log", flow, source)
     entries = op.map_value("decode", raw_entries, decode)
-    pushes = op.stateful_batch("shard_machine", entries, lambda _nothing_stored: ShardLogic(machine_of))
+    pushes = op.stateful_batch("shard_machine", entries, lambda _nothing_stored: ShardLogic(machine_of, after_entry))
     op.output("queues", pushes, sink)
     return flow

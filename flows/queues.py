@@ -31,7 +31,7 @@ import redis
 
 from flows.log import LogId, RawEntry, done_key, format_id, parse_id, push_key
 from flows.metrics import METRICS, Metrics
-from flows.server import Link, LinkOpener, ServerRefused, packed
+from flows.server import Link, LinkOpener, ServerRefused, packed, worth_a_line
 from flows.wire import MalformedEntry, PushEntry, decode_push, encode_push
 from geoindex.columns import Push
 
@@ -291,7 +291,7 @@ class PushWriter:
             lane.failures += 1
             lane.retry_at_s = now_s + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(lane.failures, 10))
             self._metrics.count("push_write_errors_total", shard=str(shard))
-            if lane.failures & (lane.failures - 1) == 0:  # 1st, 2nd, 4th, 8th ...
+            if worth_a_line(lane.failures):
                 logger.warning(
                     "shard %d: pushes up to log entry %s were not taken (try %d), and are sent again: %s",
                     shard,
@@ -372,7 +372,7 @@ class PushWriter:
         self._link_failures += 1
         self._link_retry_at_s = time.monotonic() + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(self._link_failures, 10))
         self._metrics.count("push_link_errors_total")
-        if self._link_failures & (self._link_failures - 1) == 0:
+        if worth_a_line(self._link_failures):
             logger.warning("pushes wait for the server (try %d): %s", self._link_failures, error)
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import quote
 
+import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -113,6 +114,8 @@ class Link:
         self._connection.health_check_interval = 0  # a PING between a command and its reply would be ours to read
         try:
             self._connection.connect()
+            # redis-py would open it again by itself, say when another thread closes it in the middle of a call.
+            self._connection.connect = self._connection.connect_check_health = _refuse_to_reconnect
             self.faults = _server_faults(self)
             if self.faults and not unsafe:
                 raise ServerRefused("; ".join(self.faults))
@@ -166,6 +169,15 @@ class Link:
     def close(self) -> None:
         """Break the link; also from another thread, whose peer blocked in `receive` then gets a ConnectionError."""
         self._connection.disconnect()
+
+
+def worth_a_line(failures_in_a_row: int) -> bool:
+    """Whether to log one more failure in a row: the 1st, 2nd, 4th, 8th ..., and every 60th, about once a minute."""
+    return failures_in_a_row & (failures_in_a_row - 1) == 0 or failures_in_a_row % 60 == 0
+
+
+def _refuse_to_reconnect(**_: object) -> None:
+    raise redis.ConnectionError("this link to the server is broken")
 
 
 LinkOpener = Callable[[], Link]
@@ -427,13 +439,13 @@ def _is_ours(state: _State) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether the process runs. One that has ended and that nobody has asked about yet (a zombie) does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
 
 
 def _read_state(directory: Path) -> _State | None:

@@ -3,7 +3,7 @@
     index      u32[slots]     0: empty; else 5-bit tag << 27 | row + 1. Linear probing from scaled(fingerprint, slots)
     records    RECORD[rows]   one cache line a device; `id_length` 0: the row is free
     cell       u32[rows]      dense cell number, NO_CELL where there is no location
-    told       u64[words, rows]
+    told       u64[rows, words]
     heap       u8             what exceeds 12 bytes of each id, in units of 4 bytes, with a free list a size
     free_rows  u32            stack of freed rows, `counts[FREE]` of them
     counts     i64            see the indices below
@@ -245,7 +245,7 @@ def free(table: DeviceColumns, row: int) -> None:
 @lean_kernel
 def sweep(table: DeviceColumns, expired_before_ms: int) -> None:
     """Wipe every location observed before that time, and free each device that no open alert has told."""
-    words = table.told.shape[0]
+    words = table.told.shape[1]
     counts = table.counts
     for row in range(counts[ROWS]):
         record = table.records[row]
@@ -265,27 +265,27 @@ def sweep(table: DeviceColumns, expired_before_ms: int) -> None:
             counts[LOCATED] -= 1
         told = np.uint64(0)
         for word in range(words):
-            told |= table.told[word, row]
+            told |= table.told[row, word]
         if told == 0:
             free(table, row)
 
 
 @lean_kernel
-def rows_told(told_word: U64, bit: np.uint64, row_count: int, rows: U32) -> int:
+def rows_told(told: U64, word: int, bit: np.uint64, row_count: int, rows: U32) -> int:
     """Rows told of the alert `bit` of one word of `told`, ascending -> `rows`; returns how many."""
     found = 0
     for row in range(row_count):
         rows[found] = row
-        found += np.int64((told_word[row] >> bit) & np.uint64(1))
+        found += np.int64((told[row, word] >> bit) & np.uint64(1))
     return found
 
 
 @lean_kernel
-def forget_told(told_word: U64, bit: np.uint64, row_count: int) -> None:
+def forget_told(told: U64, word: int, bit: np.uint64, row_count: int) -> None:
     """Clear one alert's bit everywhere, so that the bit can serve another alert."""
     keep = ~(np.uint64(1) << bit)
     for row in range(row_count):
-        told_word[row] &= keep
+        told[row, word] &= keep
 
 
 @lean_kernel

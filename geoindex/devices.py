@@ -84,7 +84,7 @@ class DeviceTable:
             index=np.zeros(INDEX_SLOTS_MIN, np.uint32),
             records=_reserve((rows_max,), RECORD),  # type: ignore[arg-type]
             cell=_reserve((rows_max,), np.uint32),  # type: ignore[arg-type]
-            told=_reserve((1, rows_max), np.uint64),  # type: ignore[arg-type]
+            told=_reserve((rows_max, 1), np.uint64),  # type: ignore[arg-type]
             heap=_reserve((rows_max * TAIL_UNITS_MAX * TAIL_UNIT_BYTES,), np.uint8),  # type: ignore[arg-type]
             free_rows=_reserve((rows_max,), np.uint32),  # type: ignore[arg-type]
             counts=np.zeros(COUNTS, np.int64),
@@ -111,8 +111,9 @@ class DeviceTable:
 
     def columns_in_use(self) -> dict[str, Column]:
         """Every column that is state, by name: views, up to the last row in use."""
-        columns, counts, rows = self.columns, self.columns.counts, self.row_count
-        told = {f"told_{word}": columns.told[word, :rows] for word in range(self._told_words)}
+        columns = self.columns
+        counts, rows = columns.counts, self.row_count
+        told = {f"told_{word}": column[:rows] for word, column in enumerate(columns.told)}
         return {
             "records": columns.records[:rows],
             "cell": columns.cell[:rows],
@@ -167,8 +168,8 @@ class DeviceTable:
         """Make sure that `told` has a bit for so many alerts."""
         words = -(-alert_count // WORD_ALERTS)
         if words > self._told_words:
-            told: U64 = _reserve((words, self.rows_max), np.uint64)  # type: ignore[assignment]
-            told[: self._told_words, : self.row_count] = self.columns.told[:, : self.row_count]
+            told: U64 = _reserve((self.rows_max, words), np.uint64)  # type: ignore[assignment]
+            told[: self.row_count, : self._told_words] = self.columns.told[: self.row_count]
             self._told_words = words
             self.columns = self.columns._replace(told=told)
 
@@ -179,14 +180,14 @@ class DeviceTable:
     def rows_told(self, alert_slot: int) -> U32:
         """Rows told of an alert, ascending, u32[n]."""
         rows = np.empty(self.row_count + 1, np.uint32)
-        told_word = self.columns.told[alert_slot // WORD_ALERTS]
-        found = kernels.rows_told(told_word, np.uint64(alert_slot % WORD_ALERTS), self.row_count, rows)
+        word, bit = divmod(alert_slot, WORD_ALERTS)
+        found = kernels.rows_told(self.columns.told, word, np.uint64(bit), self.row_count, rows)
         return rows[:found]
 
     def forget_told(self, alert_slot: int) -> None:
         """Clear an alert's bit of every row."""
-        told_word = self.columns.told[alert_slot // WORD_ALERTS]
-        kernels.forget_told(told_word, np.uint64(alert_slot % WORD_ALERTS), self.row_count)
+        word, bit = divmod(alert_slot, WORD_ALERTS)
+        kernels.forget_told(self.columns.told, word, np.uint64(bit), self.row_count)
 
     def partners_of(self, rows: U32) -> U16:
         """Partner index of each row, u16[n]."""

@@ -1,7 +1,8 @@
 """The loops of the join: pings meet the cover, a new ring meets the table.
 
-Every ping of a batch goes through a few steps, a block of pings at a time so that the cache misses of a block overlap:
-hash its id and ask for the index line; guess its row and ask for the record; compare; look closely where that says so.
+Every ping of a batch goes through a few steps, each some pings ahead of the next so that cache misses overlap with
+each other and with the arithmetic: hash its id and ask for the index line; guess its row and ask for the record; compare;
+look closely, many together, where that says so.
 
 The comparison is all there is for a phone that stayed inside its *stay box*: a rectangle around the *anchor* (where
 the device was last looked at closely) in which neither its cell nor the answer of any ring it was not told about
@@ -33,7 +34,7 @@ from geoindex.device_kernels import (
     insert,
 )
 from geoindex.kernels import hash_id, scaled
-from geoindex.numba_typing import inline_kernel, lean_kernel, lowest_bit, prefetch, prefetch_2d
+from geoindex.numba_typing import inline_kernel, lean_kernel, lowest_bit, prefetch
 
 if TYPE_CHECKING:
     from geoindex.alerts import AlertColumns
@@ -45,7 +46,13 @@ ROOT_HALF = math.sqrt(0.5)
 POLE_COSINE = 1e-12
 """Keeps the division finite at the poles; a larger divisor makes a smaller box."""
 CELLS_PER_ZONE = 49
-BLOCK_PINGS = 128
+AHEAD_PINGS = 24
+"""How many pings ahead a record is asked for; an index line twice as many. A cache miss takes as long as 5 pings."""
+RING_PINGS = 128
+"""Of the ring that notes hashes and guesses: a power of two above 2 * AHEAD_PINGS."""
+RING_MASK = RING_PINGS - 1
+SLOW_PINGS = 32
+"""Looked at closely together, so that what they need overlaps."""
 
 # Indices into the counts of `apply_pings`.
 ACCEPTED = 0
@@ -74,8 +81,8 @@ def mark_zones(zone_row: U32, zone_mask: U64, ranges: U32, kind: int, slot: int,
     return rows_used
 
 
-class BlockScratch(NamedTuple):
-    """What `apply_pings` notes of one block, from step to step."""
+class PingScratch(NamedTuple):
+    """What `apply_pings` notes of pings that are under way: rings by position, and the pings that wait for a look."""
 
     fingerprint_a: U64
     fingerprint_b: U64
@@ -86,11 +93,17 @@ class BlockScratch(NamedTuple):
     slow_vector: F64
 
 
-def block_scratch() -> BlockScratch:
+def ping_scratch() -> PingScratch:
     """Arrays for `apply_pings`, whose kernel allocates nothing."""
-    fingerprints = (np.empty(BLOCK_PINGS, np.uint64) for _ in range(2))
-    places = (np.empty(BLOCK_PINGS, np.int64) for _ in range(4))
-    return BlockScratch(*fingerprints, *places, np.empty((BLOCK_PINGS, 4), np.float64))
+    return PingScratch(
+        fingerprint_a=np.empty(RING_PINGS, np.uint64),
+        fingerprint_b=np.empty(RING_PINGS, np.uint64),
+        guess=np.empty(RING_PINGS, np.int64),
+        slow_ping=np.empty(SLOW_PINGS, np.int64),
+        slow_row=np.empty(SLOW_PINGS, np.int64),
+        slow_cell=np.empty(SLOW_PINGS, np.int64),
+        slow_vector=np.empty((SLOW_PINGS, 4), np.float64),
+    )
 
 
 @inline_kernel
@@ -127,7 +140,7 @@ def settle(
     mask_row = alerts.zone_row[cell // CELLS_PER_ZONE]
     if mask_row != 0:
         for word in range(alerts.zone_mask.shape[2]):
-            open_to = alerts.audience[record.partner, word] & ~table.told[word, row]
+            open_to = alerts.audience[record.partner, word] & ~table.told[row, word]
             told = alerts.zone_mask[mask_row, 0, word] & open_to
             rest = alerts.zone_mask[mask_row, 1, word] & open_to
             while rest != 0:
@@ -141,7 +154,7 @@ def settle(
                 else:
                     clearance_m = min(clearance_m, ring_clearance_m(distance2, alerts.chord2_max[slot]))
             if told != 0:
-                table.told[word, row] |= told
+                table.told[row, word] |= told
                 while told != 0:
                     bit = lowest_bit(told)
                     told ^= np.uint64(1) << np.uint64(bit)
@@ -178,6 +191,71 @@ def place_ping(table: DeviceColumns, row: int, observed: int, lat_e7: np.int32, 
         record.lng_e7 = lng_e7
 
 
+@inline_kernel
+def look_closely(
+    table: DeviceColumns,
+    alerts: AlertColumns,
+    tables: CellTables,
+    secrets: U64,
+    partner: U16,
+    id_bytes: U8,
+    id_end: U32,
+    lat_e7: I32,
+    lng_e7: I32,
+    observed_at_ms: I64,
+    scratch: PingScratch,
+    slow: int,
+    hit_row: U32,
+    hit_slot: U32,
+    hit_ping: U32,
+    hits: int,
+) -> int:
+    """Place and settle the `slow` pings that wait in `scratch`, in order. Returns the new number of hits."""
+    slow_cell = scratch.slow_cell
+    slow_vector = scratch.slow_vector
+    zone_row = alerts.zone_row
+    records = table.records
+    # Where are they? Nothing here depends on the ping before, so the arithmetic of several overlaps.
+    for place in range(slow):
+        ping = at(scratch.slow_ping[at(place)])
+        cell, x, y, z, clearance_m = locate(lat_e7[ping], lng_e7[ping], tables)
+        slow_cell[at(place)] = cell
+        slow_vector[at(place), 0] = x
+        slow_vector[at(place), 1] = y
+        slow_vector[at(place), 2] = z
+        slow_vector[at(place), 3] = clearance_m
+        prefetch(zone_row, cell // CELLS_PER_ZONE)
+    for place in range(slow):
+        prefetch(alerts.zone_mask, zone_row[at(slow_cell[at(place)] // CELLS_PER_ZONE)])
+    for place in range(slow):
+        ping = scratch.slow_ping[at(place)]
+        row = scratch.slow_row[at(place)]
+        if row < 0:
+            # A device that was unknown when its ping was compared; by now an earlier ping may have made it known.
+            start = np.int64(id_end[ping - 1]) if ping > 0 else np.int64(0)
+            end = np.int64(id_end[ping])
+            a, b = hash_id(id_bytes, start, end, partner[ping], secrets)
+            row = find(table.index, records, a, b)
+            if row < 0:
+                row = insert(table, a, b, partner[ping], id_bytes, start, end)
+        place_ping(table, row, observed_at_ms[ping], lat_e7[ping], lng_e7[ping])
+        record = records[at(row)]
+        record.waiting = 0
+        cell = slow_cell[at(place)]
+        x = slow_vector[at(place), 0]
+        y = slow_vector[at(place), 1]
+        z = slow_vector[at(place), 2]
+        clearance_m = slow_vector[at(place), 3]
+        if record.lat_e7 != lat_e7[ping] or record.lng_e7 != lng_e7[ping]:
+            # A late ping: the device is where it was.
+            cell, x, y, z, clearance_m = locate(record.lat_e7, record.lng_e7, tables)
+        found = settle(table, alerts, row, cell, x, y, z, clearance_m, hit_row, hit_slot, hits)
+        while hits < found:
+            hit_ping[hits] = ping
+            hits += 1
+    return hits
+
+
 @lean_kernel
 def apply_pings(
     table: DeviceColumns,
@@ -200,7 +278,7 @@ def apply_pings(
     hit_slot: U32,
     hit_ping: U32,
     counts: I64,
-    scratch: BlockScratch,
+    scratch: PingScratch,
 ) -> int:
     """Apply the pings `first` to `stop` in order, until they are done or the hits might not fit any more.
 
@@ -215,115 +293,82 @@ def apply_pings(
     guess = scratch.guess
     slow_ping = scratch.slow_ping
     slow_row = scratch.slow_row
-    slow_cell = scratch.slow_cell
-    slow_vector = scratch.slow_vector
-    cells = table.cell
-    told = table.told
-    zone_row = alerts.zone_row
-    zone_mask = alerts.zone_mask
     index = table.index
     records = table.records
-    block = first
-    while block < stop:
-        if hits + BLOCK_PINGS * slots > len(hit_row):
-            break
-        block_stop = min(block + BLOCK_PINGS, stop)
-        # 1. Hash, and ask for the index lines.
-        start = np.int64(id_end[block - 1]) if block > 0 else np.int64(0)
-        for place in range(block_stop - block):
-            ping = at(block + place)
-            end = np.int64(id_end[ping])
-            a, b = hash_id(id_bytes, start, end, partner[ping], secrets)
-            fingerprint_a[at(place)] = a
-            fingerprint_b[at(place)] = b
+    cells = table.cell
+    told = table.told
+    slow = 0
+    hash_start = np.int64(id_end[first - 1]) if first > 0 else np.int64(0)
+    for ping in range(first - 2 * AHEAD_PINGS, stop):
+        # 1. Hash the id of a ping to come, and ask for its index line.
+        hashed = ping + 2 * AHEAD_PINGS
+        if hashed < stop:
+            end = np.int64(id_end[at(hashed)])
+            a, b = hash_id(id_bytes, hash_start, end, partner[at(hashed)], secrets)
+            fingerprint_a[at(hashed & RING_MASK)] = a
+            fingerprint_b[at(hashed & RING_MASK)] = b
             prefetch(index, scaled(a, np.uint64(len(index))))
-            start = end
-        # 2. Guess the rows, and ask for the records.
-        for place in range(block_stop - block):
-            row = candidate(index, fingerprint_a[at(place)])
-            guess[at(place)] = row
+            hash_start = end
+        # 2. Guess the row of one nearer, and ask for its record.
+        guessed = ping + AHEAD_PINGS
+        if first <= guessed < stop:
+            row = candidate(index, fingerprint_a[at(guessed & RING_MASK)])
+            guess[at(guessed & RING_MASK)] = row
             if row >= 0:
                 prefetch(records, row)
-        # 3. Pings that stay in their box are done here. The others, in order, with all later ones of their devices, are
-        #    kept for a close look: what that needs is asked for, and many of them overlap.
-        slow = 0
-        for place in range(block_stop - block):
-            ping = at(block + place)
-            now_ms = at_ms[at((block + place) * at_step)]
-            observed = observed_at_ms[ping]
-            if observed > now_ms + future_tolerance_ms:
-                counts[FROM_THE_FUTURE] += 1
-                continue
-            if observed < now_ms - live_window_ms:
-                counts[TOO_OLD] += 1
-                continue
-            counts[ACCEPTED] += 1
-            a = fingerprint_a[at(place)]
-            b = fingerprint_b[at(place)]
-            row = guess[at(place)]
-            if row < 0 or records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
-                row = find(index, records, a, b)
-            if row >= 0:
-                record = records[at(row)]
-                if record.waiting == 0:
-                    if observed >= record.observed_at_ms:
-                        if stays(record, lat_e7[ping], lng_e7[ping]):
-                            record.observed_at_ms = observed
-                            record.lat_e7 = lat_e7[ping]
-                            record.lng_e7 = lng_e7[ping]
-                            continue
-                    elif record.stay_lat != 0 and record.stay_lng != 0:
-                        # A late ping moves nothing, and nothing has changed for this device since it was settled.
+        # 3. Compare. A ping that stays in its box is done here; the others, with all later ones of their devices, wait for
+        #    a close look, in order: what that needs is asked for, and many of them overlap.
+        if ping < first:
+            continue
+        if slow == 0 and hits + SLOW_PINGS * slots > len(hit_row):
+            counts[HITS] = hits
+            return ping
+        now_ms = at_ms[at(ping * at_step)]
+        observed = observed_at_ms[at(ping)]
+        if observed > now_ms + future_tolerance_ms:
+            counts[FROM_THE_FUTURE] += 1
+            continue
+        if observed < now_ms - live_window_ms:
+            counts[TOO_OLD] += 1
+            continue
+        a = fingerprint_a[at(ping & RING_MASK)]
+        b = fingerprint_b[at(ping & RING_MASK)]
+        row = guess[at(ping & RING_MASK)]
+        if row < 0 or records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
+            row = find(index, records, a, b)
+        counts[ACCEPTED] += 1
+        if row >= 0:
+            record = records[at(row)]
+            if record.waiting == 0:
+                if observed >= record.observed_at_ms:
+                    if stays(record, lat_e7[at(ping)], lng_e7[at(ping)]):
+                        record.observed_at_ms = observed
+                        record.lat_e7 = lat_e7[at(ping)]
+                        record.lng_e7 = lng_e7[at(ping)]
                         continue
-                record.waiting = 1
-                prefetch(cells, row)
-                for word in range(told.shape[0]):
-                    prefetch_2d(told, word, row)
-            slow_ping[at(slow)] = block + place
-            slow_row[at(slow)] = row
-            slow += 1
-        counts[SLOW] += slow
-        # 4. Where are they? Nothing here depends on the ping before, so the arithmetic of several overlaps.
-        for place in range(slow):
-            ping = at(slow_ping[place])
-            cell, x, y, z, clearance_m = locate(lat_e7[ping], lng_e7[ping], tables)
-            slow_cell[place] = cell
-            slow_vector[place, 0] = x
-            slow_vector[place, 1] = y
-            slow_vector[place, 2] = z
-            slow_vector[place, 3] = clearance_m
-            prefetch(zone_row, cell // CELLS_PER_ZONE)
-        for place in range(slow):
-            prefetch(zone_mask, zone_row[slow_cell[place] // CELLS_PER_ZONE])
-        # 5. The close look, in order.
-        for place in range(slow):
-            ping = slow_ping[place]
-            row = slow_row[place]
-            if row < 0:
-                a = fingerprint_a[ping - block]
-                b = fingerprint_b[ping - block]
-                row = find(index, records, a, b)
-                if row < 0:
-                    start = np.int64(id_end[ping - 1]) if ping > 0 else np.int64(0)
-                    row = insert(table, a, b, partner[ping], id_bytes, start, np.int64(id_end[ping]))
-            place_ping(table, row, observed_at_ms[ping], lat_e7[ping], lng_e7[ping])
-            record = records[row]
-            record.waiting = 0
-            cell = slow_cell[place]
-            x = slow_vector[place, 0]
-            y = slow_vector[place, 1]
-            z = slow_vector[place, 2]
-            clearance_m = slow_vector[place, 3]
-            if record.lat_e7 != lat_e7[ping] or record.lng_e7 != lng_e7[ping]:
-                # A late ping: the device is where it was.
-                cell, x, y, z, clearance_m = locate(record.lat_e7, record.lng_e7, tables)
-            found = settle(table, alerts, row, cell, x, y, z, clearance_m, hit_row, hit_slot, hits)
-            while hits < found:
-                hit_ping[hits] = ping
-                hits += 1
-        block = block_stop
+                elif record.stay_lat != 0 and record.stay_lng != 0:
+                    # A late ping moves nothing, and nothing has changed for this device since it was settled.
+                    continue
+            record.waiting = 1
+            prefetch(cells, row)
+            prefetch(told, row)
+        slow_ping[at(slow)] = ping
+        slow_row[at(slow)] = row
+        slow += 1
+        if slow == SLOW_PINGS:
+            hits = look_closely(
+                table, alerts, tables, secrets, partner, id_bytes, id_end, lat_e7, lng_e7, observed_at_ms,
+                scratch, slow, hit_row, hit_slot, hit_ping, hits,
+            )  # fmt: skip
+            counts[SLOW] += slow
+            slow = 0
+    hits = look_closely(
+        table, alerts, tables, secrets, partner, id_bytes, id_end, lat_e7, lng_e7, observed_at_ms,
+        scratch, slow, hit_row, hit_slot, hit_ping, hits,
+    )  # fmt: skip
+    counts[SLOW] += slow
     counts[HITS] = hits
-    return block
+    return stop
 
 
 @lean_kernel
@@ -337,7 +382,7 @@ def scan_ring(
     """
     word = slot // 64
     mask = np.uint64(1) << np.uint64(slot % 64)
-    told = table.told[word]
+    told = table.told
     records = table.records
     hits = 0
     for row in range(table.counts[ROWS]):
@@ -348,7 +393,7 @@ def scan_ring(
         if mask_row == 0:
             continue
         inside = alerts.zone_mask[mask_row, 0, word] & mask
-        if (inside | (alerts.zone_mask[mask_row, 1, word] & mask)) == 0 or told[row] & mask != 0:
+        if (inside | (alerts.zone_mask[mask_row, 1, word] & mask)) == 0 or told[row, word] & mask != 0:
             continue
         record = records[row]
         if alerts.audience[record.partner, word] & mask == 0:
@@ -359,7 +404,7 @@ def scan_ring(
                 if chord2(x, y, z, alerts.centre, slot) <= alerts.chord2_max[slot]:
                     inside = mask
             if inside != 0:
-                told[row] |= mask
+                told[row, word] |= mask
                 hit_row[hits] = row
                 hits += 1
                 continue

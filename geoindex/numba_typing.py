@@ -99,25 +99,6 @@ def _prefetch(_typing_context: Any, array: Any, index: Any) -> Any:
     return _types.void(array, index), generate
 
 
-def _prefetch_2d(_typing_context: Any, array: Any, row: Any, column: Any) -> Any:
-    """Build `prefetch_2d`: as `prefetch`, for one element of a matrix."""
-    if not isinstance(array, _types.Array) or array.ndim != 2:
-        return None
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array_type, row_type, column_type = signature.args
-        array_value = context.make_array(array_type)(context, builder, arguments[0])
-        indices = [
-            context.cast(builder, arguments[1], row_type, _types.intp),
-            context.cast(builder, arguments[2], column_type, _types.intp),
-        ]
-        address = _cgutils.get_item_pointer(context, builder, array_type, array_value, indices, wraparound=False)
-        _emit_prefetch(builder, address)
-        return context.get_dummy_value()
-
-    return _types.void(array, row, column), generate
-
-
 def _mulhi_lo(_typing_context: Any, a: Any, b: Any) -> Any:
     """Build `mulhi_lo`: one `mul` instruction through LLVM's 128-bit integers."""
     if not isinstance(a, _types.Integer) or not isinstance(b, _types.Integer):
@@ -139,9 +120,6 @@ prefetch = cast(Callable[[npt.NDArray[Any], Any], None], intrinsic(_prefetch))
 `array`: any dtype, any number of dimensions (`index` counts along the first). `index`: any integer type, not
 negative; one beyond the array is harmless, for a prefetch never faults. Writes nothing, returns nothing.
 """
-
-prefetch_2d = cast(Callable[[npt.NDArray[Any], Any, Any], None], intrinsic(_prefetch_2d))
-"""`prefetch_2d(matrix, row, column)`: as `prefetch`, for one element of a matrix."""
 
 mulhi_lo = cast(Callable[[Any, Any], tuple[np.uint64, np.uint64]], intrinsic(_mulhi_lo))
 """`mulhi_lo(a, b) -> (high, low)`, inside kernels only: the 128-bit product of two u64, as two u64."""

@@ -86,7 +86,7 @@ class ShardMachine:
         self._hit_row = np.empty(0, np.uint32)
         self._hit_slot = np.empty(0, np.uint32)
         self._hit_ping = np.empty(0, np.uint32)
-        self._scratch = kernels.block_scratch()
+        self._scratch = kernels.ping_scratch()
 
     @property
     def settings(self) -> Settings:
@@ -337,7 +337,7 @@ class ShardMachine:
         self._count(counts)
 
     def _apply_some(self, batch: PingBatch, at_ms: I64, at_step: int, row: int, stop: int, counts: I64) -> int:
-        hits_room = max(HITS_MIN, 2 * kernels.BLOCK_PINGS * self._alerts.slot_count)
+        hits_room = max(HITS_MIN, 2 * kernels.SLOW_PINGS * self._alerts.slot_count)
         if len(self._hit_row) < hits_room:
             self._hit_row, self._hit_slot, self._hit_ping = (np.empty(hits_room, np.uint32) for _ in range(3))
         self._devices.make_room(stop - row)

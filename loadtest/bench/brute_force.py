@@ -18,7 +18,7 @@ from loadtest.bench.traffic import ActiveAlert, SentPings
 
 EARTH_RADIUS_KM = 6371.0088
 CHUNK_ROWS = 512
-"""Small enough for OpenBLAS to stay in this thread: its others go on spinning for a while, into what is measured next."""
+"""Small enough for OpenBLAS to stay in this thread: its other ones go on spinning, into what is measured next."""
 NO_TIME = np.iinfo(np.int64).min
 
 PackedRows = npt.NDArray[np.uint8]

@@ -15,8 +15,8 @@ import numpy as np
 from geoindex.columns import I64, U32
 from loadtest.bench.brute_force import BruteForce
 from loadtest.bench.live import (
+    APPEND_PINGS,
     SHARD_COUNT,
-    LiveSystem,
     Told,
     live_system,
     measured_cpu,
@@ -90,8 +90,8 @@ def measure(
         "appendfsync": fsync,
     }
     report.notes.append(
-        "Logs were filled while the flow processes were stopped (SIGSTOP); measured from SIGCONT to the last entry's `done`. "
-        "Server, flow and its threads share the machine's cores; pushes are written with appendfsync always. "
+        "Logs were filled while the flow processes were stopped (SIGSTOP); measured from SIGCONT to the last entry's "
+        "`done`. Server, flow and its threads share the machine's cores; pushes are written with appendfsync always. "
         "Every pair of alert and phone in the queues was compared with brute force."
     )
     return report
@@ -99,8 +99,6 @@ def measure(
 
 def entry_pings(ping_count: int) -> int:
     """About how many pings the log entries hold that `LiveSystem.append` writes."""
-    from loadtest.bench.live import APPEND_PINGS
-
     return min(APPEND_PINGS, ping_count) // SHARD_COUNT
 
 
@@ -123,8 +121,3 @@ def _compare(report: Report, repeat: int, owed: Counter[Told], queued: Counter[T
             f"repeat {repeat}: {missed.total()} pushes missed (such as {next(iter(missed), None)}), "
             f"{extra.total()} too many (such as {next(iter(extra), None)})"
         )
-
-
-def verify_system(system: LiveSystem, report: Report, id_count: int) -> None:
-    """Totals at the end of a run."""
-    system.check_totals(report, id_count)

@@ -97,8 +97,8 @@ def _measure_growth(warm: WarmMachine, report: Report, say: Say) -> None:
         "scan_seconds_of_repeats": [round(value, 4) for value in scan_s],
     }
     report.notes.append(
-        "seconds: the machine's whole step when a ring grows to 1 % more of its devices, their ids gathered into pushes; "
-        "scan_seconds: the same ring one metre wider, when nobody is new; fan_out_seconds: the difference."
+        "seconds: the machine's whole step when a ring grows to 1 % more of its devices, their ids gathered into "
+        "pushes; scan_seconds: the same ring one metre wider, when nobody is new; fan_out_seconds: the difference."
     )
 
 

@@ -31,7 +31,7 @@ def told_of(machine: ShardMachine, alerts: Sequence[ActiveAlert], rows: I64) -> 
     """Which of the alerts each device was told, packed as in `brute_force`."""
     told = machine._devices.columns.told
     bits = np.zeros((len(rows), len(alerts)), np.bool_)
-    words = [told[word][rows] for word in range(told.shape[0])]
+    words = [told[rows, word] for word in range(told.shape[1])]
     for position, active in enumerate(alerts):
         word, bit = divmod(machine._alerts.open[active.alert.alert_id].slot, 64)
         bits[:, position] = words[word] >> np.uint64(bit) & np.uint64(1) != 0

@@ -32,8 +32,9 @@ def measure(devices: int, repeats: int, pings_per_repeat: int, say: Say, alert_c
         "repeats": repeats,
     }
     report.notes.append(
-        "One thread, one shard. All devices were known, all alerts told, every phone had settled. 90 % of the pings come "
-        "from within 50 m of the one before, 10 % from 0.1 to 5 km away; the clock moves 10 s while every phone pings once."
+        "One thread, one shard. All devices were known, all alerts told, every phone had settled. 90 % of the pings "
+        "come from within 50 m of the one before, 10 % from 0.1 to 5 km away; the clock moves 10 s while every phone "
+        "pings once."
     )
     say("comparing every device's told alerts with brute force, and cells with the h3 library")
     warm.check(report, CELL_SAMPLE)

@@ -44,9 +44,10 @@ def measure(devices: int, say: Say, alert_count: int = ALERT_COUNT) -> Report:
         "told_per_device": warm.pushed_count / devices,
     }
     report.notes.append(
-        "The device's id is left out (id_bytes_per_device), all else is in: records, index, cells, told sets, the heap's "
-        "gaps, covers and what the process allocated besides. by_rss: growth of resident memory; by_sums: what the "
-        "machine says of itself; the larger counts. peak: the most there ever was, scratch memory of a publish included."
+        "The device's id is left out (id_bytes_per_device), all else is in: records, index, cells, told sets, the "
+        "heap's gaps, covers and what the process allocated besides. by_rss: growth of resident memory; by_sums: what "
+        "the machine says of itself; the larger counts. peak: the most there ever was, scratch memory of a publish "
+        "included."
     )
     warm.check(report, CELL_SAMPLE)
     return report

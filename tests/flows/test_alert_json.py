@@ -225,6 +225,21 @@ def test_events_of_a_file_get_revisions_and_desk_ids() -> None:
     assert close == AlertClose("a17", None, "found", (0, 3))
 
 
+def test_update_in_a_file_changes_what_it_says() -> None:
+    publish = PUBLISH | {"alert": WORDS | {"schedule": [[None, 7]], "audience": ["amap"]}}
+    _, update = run(publish, UPDATE | {"alert": {"alert_id": "a17", "location": {"lat": 1, "lng": 2}}})
+    assert isinstance(update, AlertRevision)
+    assert (update.alert.lat, update.alert.schedule, update.alert.audience) == (1.0, ((None, 7.0),), ("amap",))
+
+
+def test_update_in_a_file_that_says_all_that_a_publish_must_is_complete() -> None:
+    publish = PUBLISH | {"alert": WORDS | {"schedule": [[None, 7]], "audience": ["amap"], "status": "exercise"}}
+    _, update = run(publish, UPDATE | {"alert": WORDS | {"audience": ["didi"]}})
+    assert isinstance(update, AlertRevision)
+    assert (update.alert.revision, update.alert.schedule) == (2, DEFAULT_SCHEDULE)
+    assert (update.alert.audience, update.alert.status) == (("didi",), "exercise")
+
+
 def test_revision_that_an_event_says_is_kept() -> None:
     _, update, close = run(PUBLISH, UPDATE | {"alert": {"alert_id": "a17", "revision": 7}}, CLOSE | {"revision": 8})
     assert isinstance(update, AlertRevision)

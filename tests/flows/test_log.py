@@ -285,8 +285,9 @@ def test_reader_delivers_every_entry_in_log_order(client: redis.Redis, reading: 
     ids = [append_entry(client, 2, CLOSE) for _ in range(20)]
     read = reading.round()
     assert [entry.kind for entry in read[0]] == [b"settings"]
-    assert [entry.log_id for entry in read[2]][1:] == ids
-    assert decode_entry(read[2][5].kind, read[2][5].payload) == CLOSE
+    entries = read[2] + reading.round()[2]
+    assert [entry.log_id for entry in entries][1:] == ids
+    assert decode_entry(entries[5].kind, entries[5].payload) == CLOSE
     later = append_entry(client, 1, Tick())
     assert [(entry.shard, entry.log_id) for entry in reading.round()[1]] == [(1, later)]
 
@@ -338,6 +339,16 @@ def test_reader_holds_no_more_than_its_bytes(client: redis.Redis, open_link: Lin
     for _ in range(10):
         reader.step()
     assert sum(len(entry.payload) for entry in reader.take(1, 100)) < 500_000
+    reader.stop()
+
+
+def test_one_read_of_many_shards_asks_for_few_entries_of_each(client: redis.Redis, open_link: LinkOpener) -> None:
+    ensure_settings(client, replace(SETTINGS, shard_count=32))
+    for _ in range(10):
+        append_entry(client, 1, CLOSE)
+    reader = LogReader(open_link, dict.fromkeys(range(32), FIRST), writes_ticks=False)
+    reader.step()
+    assert len(reader.take(1, 100)) == 2
     reader.stop()
 
 

@@ -90,7 +90,7 @@ def test_a_location_of_exactly_the_limit_stays() -> None:
 def test_a_told_device_keeps_its_id_when_its_location_expires() -> None:
     table = DeviceTable()
     row = _put(table, [(0, "a told device with a long id")], 100)[0]
-    table.columns.told[0, row] = 1 << 5
+    table.columns.told[row, 0] = 1 << 5
     table.sweep(101)
     assert table.columns.records[row]["observed_at_ms"] == NO_TIME
     assert _ids(table, [row]) == ["a told device with a long id"]
@@ -103,9 +103,9 @@ def test_a_told_device_keeps_its_id_when_its_location_expires() -> None:
 def test_told_survives_more_alerts_than_a_word_holds() -> None:
     table = DeviceTable()
     row = _put(table, [(0, "a")], 100)[0]
-    table.columns.told[0, row] = 1 << 63
+    table.columns.told[row, 0] = 1 << 63
     table.make_alert_room(65)
-    table.columns.told[1, row] = 1
+    table.columns.told[row, 1] = 1
     assert table.rows_told(63).tolist() == [row]
     assert table.rows_told(64).tolist() == [row]
     assert table.rows_told(62).tolist() == []

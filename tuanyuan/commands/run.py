@@ -13,6 +13,7 @@ from typing import Annotated
 import redis
 import typer
 
+from flows.checkpointer import LogTooShort
 from flows.live import LiveFlow, open_flow
 from flows.log import SettingsMismatch
 from flows.metrics import METRICS
@@ -101,7 +102,7 @@ def _run(flow: LiveFlow, shown: str, quiet: bool) -> None:
 
     try:
         flow.run(ready)
-    except SettingsRefused as refusal:
+    except (SettingsRefused, LogTooShort) as refusal:
         fail(str(refusal), EXIT_REFUSED)
     finally:
         ended.set()

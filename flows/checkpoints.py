@@ -1,0 +1,435 @@
+"""Checkpoints on disk: the state of a shard machine behind one log entry, two a shard, each in a file of its own.
+
+    var/checkpoints/<deployment>/s003/
+        1700000060000-7.checkpoint           the machine as it was behind log entry 1700000060000-7
+        1700000120000-0.checkpoint           the newest; no more than these two are kept
+        1700000180000-3.4711-1.writing       being written, or waiting until its pushes are in the queues
+        1699999940000-1.set-aside            found damaged, or ahead of a log that lost its tail
+
+    file     magic · header length u32 · CRC-32 of the header u32 · header (msgpack) · blocks
+    block    up to 4 MiB of one column · CRC-32 u32, going on from the block before
+
+A file gets its final name only when `done` has passed its log position, so whoever starts from it pushes nothing that
+was not pushed, and skips nothing. Columns are read straight into a machine's own memory. A flipped byte, a block in
+another's place or a missing end does not pass: every byte is under a checksum that begins with the header's.
+`zlib.crc32` does 3.5 GB/s here and lets other threads work meanwhile (docs/decisions/0005-checkpoints.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import logging
+import os
+import re
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import msgpack
+import numpy as np
+
+from flows.log import LogId, format_id, parse_id
+from flows.wire import SETTINGS, decode_entry, encode_entry
+from geoindex.columns import U8
+from geoindex.entries import AlertRevision, Settings
+from geoindex.shard import ShardCounters, ShardMachine
+from geoindex.snapshot import AlertState, Column, Columns, MachineState, put
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"TYSHARD\n"
+CHECKPOINT_VERSION = 1
+"""Of header and blocks, and of what `MachineState` means. Raise it with every change that an older program would not
+read, or would read as something else."""
+HEADER_BYTES_MAX = 1 << 30
+KEPT_COUNT = 2
+BLOCK_BYTES = 4 << 20
+"""Also what is written between two fdatasyncs: the server fsyncs its log on the same disk, and must not wait for much
+of ours."""
+
+_FINAL, _WRITING, _SET_ASIDE = ".checkpoint", ".writing", ".set-aside"
+_FINAL_NAME = re.compile(r"(\d+-\d+)\.checkpoint")
+_FRAME = struct.Struct("<II")
+_CRC = struct.Struct("<I")
+_sync_bytes: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+"""macOS has no fdatasync."""
+
+
+class CheckpointUnusable(Exception):
+    """A checkpoint cannot be started from. The message says why, and names the file."""
+
+
+class CheckpointAbandoned(Exception):
+    """Writing was given up, because nobody wants the checkpoint any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A final checkpoint. `position`: the last log entry that its machine has seen."""
+
+    shard: int
+    position: LogId
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenCheckpoint:
+    """On disk, whole, and not final yet."""
+
+    shard: int
+    position: LogId
+    path: Path
+    size_bytes: int
+    descriptor: int
+    """Open and locked: others see that the file has an owner."""
+
+
+class CheckpointStore:
+    """The checkpoints of one deployment, in a folder that every process which may own a shard can read and write.
+
+    Several processes may use it at once, also for one shard by mistake. Methods raise OSError.
+    """
+
+    def __init__(self, directory: Path, settings: Settings) -> None:
+        """`directory`: for all deployments; `settings`: what tells this one apart."""
+        identity = hashlib.blake2b(f"{settings.hash_key} {settings.shard_count}".encode(), digest_size=6).hexdigest()
+        self.directory = directory / identity
+        self._numbers = itertools.count(1)
+
+    def finals(self, shard: int) -> list[Checkpoint]:
+        """The shard's final checkpoints, the newest first."""
+        with contextlib.suppress(FileNotFoundError):
+            found = [
+                Checkpoint(shard, parse_id(match[1]), path)
+                for path in self._folder(shard).iterdir()
+                if (match := _FINAL_NAME.fullmatch(path.name))
+            ]
+            return sorted(found, key=lambda checkpoint: checkpoint.position, reverse=True)
+        return []
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        shard: int,
+        position: LogId,
+        state: MachineState,
+        columns: Columns,
+        wanted: Callable[[], bool] = lambda: True,
+        bytes_per_s: float = float("inf"),
+    ) -> WrittenCheckpoint:
+        """Write a checkpoint under a temporary name, down to the disk. To be finalised, or given up.
+
+        `wanted` is asked before each block; `bytes_per_s`: no faster than that, for the sake of others on the disk.
+        Raises CheckpointAbandoned, OSError; nothing is left behind then.
+        """
+        started_s = time.monotonic()
+        folder = self._folder(shard)
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        path = folder / f"{format_id(position)}.{os.getpid()}-{next(self._numbers)}{_WRITING}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            header = _pack_header(shard, position, state, columns)
+            header_crc = zlib.crc32(header)
+            size_bytes = _write_all(descriptor, [MAGIC + _FRAME.pack(len(header), header_crc), header])
+            for name, column in columns.items():
+                for block, crc in _blocks(name, column, header_crc):
+                    if not wanted():
+                        raise CheckpointAbandoned(f"{path}: nobody wants it any more")
+                    size_bytes += _write_all(descriptor, [block, crc])
+                    _sync_bytes(descriptor)
+                    time.sleep(max(0.0, size_bytes / bytes_per_s - (time.monotonic() - started_s)))
+            os.fsync(descriptor)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        return WrittenCheckpoint(shard, position, path, size_bytes, descriptor)
+
+    def finalise(self, written: WrittenCheckpoint) -> Checkpoint:
+        """Make it one that may be started from, durably, and delete what is older than the two latest.
+
+        The caller has seen `done` at its position, or beyond.
+        """
+        folder = self._folder(written.shard)
+        path = folder / f"{format_id(written.position)}{_FINAL}"
+        try:
+            written.path.replace(path)
+            for above in (folder, self.directory, self.directory.parent):
+                _sync_folder(above)
+        finally:
+            os.close(written.descriptor)
+        finals = self.finals(written.shard)
+        old = [checkpoint.path for checkpoint in finals[KEPT_COUNT:]]
+        if len(finals) >= KEPT_COUNT:
+            old += folder.glob(f"*{_SET_ASIDE}")
+        for leftover in old:
+            leftover.unlink(missing_ok=True)
+        return Checkpoint(written.shard, written.position, path)
+
+    def give_up(self, written: WrittenCheckpoint) -> None:
+        """Delete a checkpoint that will never be final."""
+        written.path.unlink(missing_ok=True)
+        os.close(written.descriptor)
+
+    def set_aside(self, checkpoint: Checkpoint) -> None:
+        """Nobody shall start from it again. Kept, for whoever wants to look, until two new ones are final."""
+        with contextlib.suppress(FileNotFoundError):
+            checkpoint.path.rename(checkpoint.path.with_suffix(_SET_ASIDE))
+
+    def sweep(self, shard: int) -> int:
+        """Delete what processes that are gone did not finish; how many files."""
+        swept = 0
+        for path in self._folder(shard).glob(f"*{_WRITING}"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                swept += 1
+        return swept
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def load(self, checkpoint: Checkpoint) -> ShardMachine:
+        """The machine as it was behind the checkpoint's log entry.
+
+        Raises CheckpointUnusable; SettingsRefused if this program does not follow its settings; MemoryError.
+        """
+        with _Reader.opened(checkpoint) as reader:
+            try:
+                machine = ShardMachine.restored(reader.state, reader.fill)
+            except ValueError as problem:
+                reader.refuse(str(problem))
+            reader.check_used_up()
+            return machine
+
+    def verify(self, checkpoint: Checkpoint) -> None:
+        """Read all of it. Raises CheckpointUnusable."""
+        with _Reader.opened(checkpoint) as reader:
+            reader.skim()
+
+    def _folder(self, shard: int) -> Path:
+        return self.directory / f"s{shard:03d}"
+
+
+class _Reader:
+    """One checkpoint file, open."""
+
+    def __init__(self, checkpoint: Checkpoint, descriptor: int) -> None:
+        self._checkpoint = checkpoint
+        self._descriptor = descriptor
+        self._left: set[str] = set()
+        prefix = os.pread(descriptor, len(MAGIC) + _FRAME.size, 0)
+        if len(prefix) < len(MAGIC) + _FRAME.size or not prefix.startswith(MAGIC):
+            self.refuse("it does not begin as a checkpoint does")
+        length, self._header_crc = _FRAME.unpack_from(prefix, len(MAGIC))
+        if length > HEADER_BYTES_MAX:
+            self.refuse("its header is damaged")
+        header = os.pread(descriptor, length, len(prefix))
+        if len(header) < length or zlib.crc32(header) != self._header_crc:
+            self.refuse("its header is damaged")
+        fields = msgpack.unpackb(header)
+        if fields["version"] != CHECKPOINT_VERSION:
+            self.refuse(f"it has version {fields['version']}, this program reads version {CHECKPOINT_VERSION}")
+        if (fields["shard"], tuple(fields["position"])) != (checkpoint.shard, checkpoint.position):
+            self.refuse(f"it holds log entry {fields['position']} of shard {fields['shard']}")
+        try:
+            self.state = _unpack_state(fields)
+        except (KeyError, TypeError, ValueError) as problem:
+            self.refuse(f"this program does not read its header: {problem}")
+        self._columns: dict[str, tuple[np.dtype[Any], int, int]] = {}
+        """Type, rows and offset in the file, by name."""
+        offset = len(prefix) + length
+        for name, words, rows in fields["columns"]:
+            dtype = _unpack_dtype(words)
+            self._columns[name] = dtype, rows, offset
+            size_bytes = rows * dtype.itemsize
+            offset += size_bytes + _CRC.size * -(-size_bytes // BLOCK_BYTES)
+        if os.fstat(descriptor).st_size != offset:
+            self.refuse(f"it must have {offset} bytes, and has {os.fstat(descriptor).st_size}")
+        self._left = set(self._columns)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, checkpoint: Checkpoint) -> Iterator[_Reader]:
+        """Raises CheckpointUnusable, here and in what is done with it."""
+        try:
+            descriptor = os.open(checkpoint.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CheckpointUnusable(f"{checkpoint.path}: it is gone") from None
+        try:
+            yield cls(checkpoint, descriptor)
+        except OSError as error:
+            raise CheckpointUnusable(f"{checkpoint.path}: it cannot be read: {error}") from error
+        finally:
+            os.close(descriptor)
+
+    def fill(self, name: str, target: Column) -> None:
+        """Read a column into a machine's memory, checking every block."""
+        if name not in self._columns:
+            self.refuse(f"it lacks the column {name!r}")
+        dtype, rows, offset = self._columns[name]
+        self._left.discard(name)
+        if dtype == target.dtype and rows == len(target):
+            self._read(name, offset, target.view(np.uint8))
+            return
+        stored = np.empty(rows, dtype)
+        self._read(name, offset, stored.view(np.uint8))
+        put(stored, target)
+
+    def skim(self) -> None:
+        """Check every block, and keep none."""
+        for name, (dtype, rows, offset) in self._columns.items():
+            self._read(name, offset, None, rows * dtype.itemsize)
+
+    def check_used_up(self) -> None:
+        """A column that nobody asked for is state that would be lost."""
+        if self._left:
+            self.refuse(f"this program does not know the column {min(self._left)!r}")
+
+    def refuse(self, reason: str) -> NoReturn:
+        raise CheckpointUnusable(f"{self._checkpoint.path}: {reason}")
+
+    def _read(self, name: str, offset: int, target: U8 | None, size_bytes: int = 0) -> None:
+        """Into `target`, or, without one, into nothing."""
+        size_bytes = size_bytes if target is None else len(target)
+        nowhere = np.empty(min(BLOCK_BYTES, size_bytes), np.uint8) if target is None else None
+        stored_crc = bytearray(_CRC.size)
+        crc = _first_crc(name, self._header_crc)
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        for start in range(0, size_bytes, BLOCK_BYTES):
+            stop = min(start + BLOCK_BYTES, size_bytes)
+            block = memoryview(cast(Any, nowhere if target is None else target[start:stop]))[: stop - start]
+            _read_all(self._descriptor, [block, memoryview(stored_crc)])
+            crc = zlib.crc32(block, crc)
+            if crc != _CRC.unpack(stored_crc)[0]:
+                self.refuse(f"column {name!r} is damaged between bytes {start} and {stop}")
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _pack_header(shard: int, position: LogId, state: MachineState, columns: Columns) -> bytes:
+    settings = None if state.settings is None else encode_entry(state.settings)[1]
+    counters = state.counters
+    fields = {
+        "version": CHECKPOINT_VERSION,
+        "shard": shard,
+        "position": position,
+        "settings": settings,
+        "clock_ms": state.clock_ms,
+        "sweep_due_ms": state.sweep_due_ms,
+        "last_desk_id": state.last_desk_id,
+        "closed": state.closed,
+        "alerts": [
+            (
+                encode_entry(AlertRevision("publish", alert.alert, (0, 0)))[1],
+                alert.slot,
+                alert.ring_km,
+                alert.covered,
+                alert.due_ms,
+            )
+            for alert in state.alerts
+        ],
+        "alert_slot_count": state.alert_slot_count,
+        "told_words": state.told_words,
+        "table_counts": state.table_counts,
+        "counters": {name: getattr(counters, name) for name in ShardCounters.__dataclass_fields__},
+        "columns": [(name, _pack_dtype(column.dtype), len(column)) for name, column in columns.items()],
+    }
+    return cast(bytes, msgpack.packb(fields))
+
+
+def _unpack_state(fields: Mapping[str, Any]) -> MachineState:
+    """Raises KeyError, TypeError or ValueError for what a program of another version wrote."""
+    settings = None if fields["settings"] is None else decode_entry(SETTINGS, fields["settings"])
+    assert settings is None or isinstance(settings, Settings), "settings decode to settings"
+    alerts = []
+    for payload, slot, ring_km, covered, due_ms in fields["alerts"]:
+        revision = decode_entry(b"publish", payload)
+        assert isinstance(revision, AlertRevision), "an alert decodes to a revision"
+        alerts.append(AlertState(revision.alert, slot, ring_km, covered, due_ms))
+    return MachineState(
+        settings=settings,
+        clock_ms=fields["clock_ms"],
+        sweep_due_ms=fields["sweep_due_ms"],
+        last_desk_id=(fields["last_desk_id"][0], fields["last_desk_id"][1]),
+        closed=tuple(fields["closed"]),
+        alerts=tuple(alerts),
+        alert_slot_count=fields["alert_slot_count"],
+        told_words=fields["told_words"],
+        table_counts=tuple(fields["table_counts"]),
+        counters=ShardCounters(**fields["counters"]),
+    )
+
+
+def _pack_dtype(dtype: np.dtype[Any]) -> object:
+    """`<u4`, or the fields of a record: [name, type, shape]."""
+    if dtype.names is None:
+        return dtype.str
+    return [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names]
+
+
+def _unpack_dtype(words: Any) -> np.dtype[Any]:
+    if isinstance(words, str):
+        return np.dtype(words)
+    return np.dtype([(name, base, tuple(shape)) for name, base, shape in words])
+
+
+def _first_crc(name: str, header_crc: int) -> int:
+    return zlib.crc32(name.encode(), header_crc)
+
+
+def _blocks(name: str, column: Column, header_crc: int) -> Iterator[tuple[memoryview, bytes]]:
+    """A column's blocks, each with its checksum."""
+    raw = memoryview(cast(Any, column.view(np.uint8)))
+    crc = _first_crc(name, header_crc)
+    for start in range(0, len(raw), BLOCK_BYTES):
+        block = raw[start : start + BLOCK_BYTES]
+        crc = zlib.crc32(block, crc)
+        yield block, _CRC.pack(crc)
+
+
+def _write_all(descriptor: int, parts: list[Any]) -> int:
+    """Write all of the parts; how many bytes. A write may take less than it is given."""
+    views = [memoryview(part) for part in parts]
+    total = sum(len(view) for view in views)
+    while views:
+        written = os.writev(descriptor, views)
+        views = _after(views, written)
+    return total
+
+
+def _read_all(descriptor: int, views: list[memoryview]) -> None:
+    """Fill all of the views. Raises OSError at the end of the file."""
+    while views:
+        count = os.readv(descriptor, views)
+        if count == 0:
+            raise OSError("the file ends too early")
+        views = _after(views, count)
+
+
+def _after(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of the views when their first bytes are done."""
+    while views and count >= len(views[0]):
+        count -= len(views[0])
+        views = views[1:]
+    if count:
+        views = [views[0][count:], *views[1:]]
+    return views
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,158 @@
+"""A process of its own that appends pings to the logs at a rate.
+
+    python -m loadtest.bench.sender URL PHONES FIRST_PING POOL_PINGS STEP
+
+It draws a pool of pings once and sends them round and round, each observed at the moment it is sent, so that drawing
+takes no time from what is measured. Commands come as JSON lines on stdin, `{"rate": ..., "seconds": ...}`. Answers go
+to stdout as `Progress` in JSON lines: when it is ready, twice a second, and at the end of a command.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import orjson
+
+from flows.log import LogWriter, read_settings
+from flows.server import connect, link_opener
+from geoindex.columns import PingBatch
+from loadtest.bench.traffic import OFFLINE_MS, Traffic
+
+REPORT_S = 0.5
+POOL_PINGS_MAX = 20_000_000
+"""About a gigabyte."""
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the sender has done: since it started, and, of the present command, whether that is over."""
+
+    ready: bool = True
+    sent: int = 0
+    cpu_s: float = 0.0
+    final: bool = False
+
+
+class Sender:
+    """The sender process, seen from the benchmark. Made by `sender_process`."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.progress = Progress()
+        self._process = process
+        self._changed = threading.Condition()
+        self._answers = 0
+        self._thread = threading.Thread(target=self._listen, name="sender", daemon=True)
+        self._thread.start()
+
+    def send(self, rate: float, seconds: float) -> None:
+        """Begin to send so many pings a second for so long; returns at once."""
+        self.progress = replace(self.progress, final=False)
+        assert self._process.stdin is not None
+        self._process.stdin.write(orjson.dumps({"rate": rate, "seconds": seconds}) + b"\n")
+        self._process.stdin.flush()
+
+    def wait_ready(self) -> None:
+        """Until the pool is drawn. Raises RuntimeError."""
+        self._wait(lambda: self._answers > 0, START_TIMEOUT_S)
+
+    def wait_final(self, timeout_s: float) -> None:
+        """Until the present command is done. Raises RuntimeError."""
+        self._wait(lambda: self.progress.final, timeout_s)
+
+    def _wait(self, is_so: Callable[[], bool], timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: is_so() or self._process.poll() is not None, timeout_s)
+            if not is_so():
+                raise RuntimeError(f"the sender does not answer (ended with {self._process.poll()})")
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._changed:
+                self.progress = Progress(**orjson.loads(line))
+                self._answers += 1
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+@contextmanager
+def sender_process(url: str, phone_count: int, first_ping: int, pool_pings: int, step: int) -> Iterator[Sender]:
+    """A sender of the world's pings from `first_ping` on (counted as in `World.ping_count`), `step` at a time."""
+    arguments = [url, str(phone_count), str(first_ping), str(pool_pings), str(step)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loadtest.bench.sender", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        sender = Sender(process)
+        sender.wait_ready()
+        yield sender
+    finally:
+        process.terminate()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def pool_batches(traffic: Traffic, pool_pings: int, step: int) -> Iterator[PingBatch]:
+    """The pings of the pool, in the order and the portions in which they are sent."""
+    for sent in traffic.batches(pool_pings, step, OFFLINE_MS):
+        yield sent.pings
+
+
+def observed_now(pings: PingBatch, now_ms: int) -> PingBatch:
+    """The same pings, observed now: none is late, whenever it is sent."""
+    return replace(pings, observed_at_ms=np.full(len(pings), now_ms, np.int64))
+
+
+def main(arguments: list[str]) -> None:
+    """The process: draw the pool, then do what stdin says."""
+    url = arguments[0]
+    phone_count, first_ping, pool_pings, step = (int(argument) for argument in arguments[1:])
+    traffic = Traffic(phone_count)
+    traffic.world.ping_count = first_ping
+    pool = list(pool_batches(traffic, pool_pings, step))
+    client = connect(url)
+    settings = read_settings(client)
+    assert settings is not None, "the logs begin with settings"
+    writer = LogWriter(link_opener(client), settings)
+    _answer(Progress())
+    sent = batch_index = 0
+    for line in sys.stdin:
+        command = orjson.loads(line)
+        rate, seconds = command["rate"], command["seconds"]
+        before, started_s, report_at_s = sent, time.monotonic(), REPORT_S
+        while (elapsed_s := time.monotonic() - started_s) < seconds:
+            batch = pool[batch_index % len(pool)]
+            early_s = (sent - before) / rate - elapsed_s
+            if early_s > 0:
+                time.sleep(min(early_s, REPORT_S / 2))
+            else:
+                writer.append_pings(observed_now(batch, round(time.time() * 1000)))
+                sent += len(batch)
+                batch_index += 1
+            if elapsed_s >= report_at_s:
+                report_at_s += REPORT_S
+                _answer(Progress(True, sent, time.process_time(), False))
+        _answer(Progress(True, sent, time.process_time(), True))
+
+
+def _answer(progress: Progress) -> None:
+    sys.stdout.buffer.write(orjson.dumps(progress) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
