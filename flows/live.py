@@ -89,7 +89,13 @@ class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
         waits_for = () if worker in self._waiting_workers else self._shards
         self._waiting_workers.add(worker)
         return _LogPartition(
-            self._reader, shard_of_key(for_part), waits_for, self._idle_wait_s, self._stopping, self._begin
+            self._reader,
+            shard_of_key(for_part),
+            self._shards,
+            waits_for,
+            self._idle_wait_s,
+            self._stopping,
+            self._begin,
         )
 
     def _begin(self, shard: int) -> LogId | None:
@@ -108,6 +114,7 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
         self,
         reader: LogReader,
         shard: int,
+        shards: Sequence[int],
         waits_for: Sequence[int],
         idle_wait_s: float,
         stopping: threading.Event,
@@ -119,6 +126,7 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
         self._begin_at_s = 0.0
         self._begin_failures = 0
         self._key = shard_key(shard)
+        self._shards = shards
         self._waits_for = waits_for
         self._idle_wait_s = idle_wait_s
         self._stopping = stopping
@@ -151,13 +159,16 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
         if position is None:
             return []
         self._begin_failures = 0
-        level = logging.DEBUG if reason == NOT_STARTED and position == FIRST else logging.WARNING
-        logger.log(level, "shard %d: reads its log from %s on: %s", self._shard, format_id(position), reason)
+        if reason != NOT_STARTED:
+            logger.warning("shard %d: starts anew behind log entry %s: %s", self._shard, format_id(position), reason)
+        elif position != FIRST:
+            logger.info("shard %d: starts behind log entry %s, from a checkpoint", self._shard, format_id(position))
         self._reader.seek(self._shard, position)
         return [(self._key, Reload(self._shard, position))]
 
-    def next_awake(self) -> datetime:
-        return _AT_ONCE
+    def next_awake(self) -> datetime | None:
+        # While entries are in the flow, at Bytewax's own pace: asked for at once, it would spin and starve the writer.
+        return _AT_ONCE if self._reader.is_idle(self._shards) else None
 
     def snapshot(self) -> None:
         return None

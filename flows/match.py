@@ -33,8 +33,8 @@ AfterEntry = Callable[[RawEntry, ShardMachine], None]
 
 
 def shard_key(shard: int) -> str:
-    """Bytewax's key of a shard, and the name of its partitions: `007`."""
-    return f"{shard:03d}"
+    """Bytewax's key of a shard, and the name of its partitions: `0007`. It sorts names, so all are equally long."""
+    return f"{shard:04d}"
 
 
 def shard_of_key(key: str) -> int:

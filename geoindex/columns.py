@@ -93,7 +93,7 @@ def pack_ids(ids: list[str]) -> tuple[U8, U32]:
 class Push(NamedTuple):
     """One queue entry: at most `push_ids_max` devices of one partner, told one thing at one moment.
 
-    `id_bytes`, `id_end`: as in `PingBatch`. `at_ms`: the shard clock. `ring_km`: the ring at `at_ms`. A named tuple, for
+    `id_bytes`, `id_end`: as in `PingBatch`. `at_ms`: the shard clock. `ring_km`: the ring at `at_ms`. A named tuple:
     most pushes of a busy shard hold one device, and a frozen dataclass takes four times as long to make.
     """
 

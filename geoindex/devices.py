@@ -110,14 +110,13 @@ class DeviceTable:
         return table
 
     def columns_in_use(self) -> dict[str, Column]:
-        """Every column that is state, by name: views, up to the last row in use."""
+        """Every column that is state, by name: flat views, up to the last row in use."""
         columns = self.columns
         counts, rows = columns.counts, self.row_count
-        told = {f"told_{word}": column[:rows] for word, column in enumerate(columns.told)}
         return {
             "records": columns.records[:rows],
             "cell": columns.cell[:rows],
-            **told,
+            "told": columns.told[:rows].reshape(-1),
             "heap": columns.heap[: int(counts[HEAP_UNITS]) * TAIL_UNIT_BYTES],
             "free_rows": columns.free_rows[: int(counts[FREE])],
         }

@@ -1,8 +1,9 @@
 """Hashing of device ids: the one function behind shards and the device table.
 
 `mum128`: two lanes, each folding 128-bit products of pairs of (8 bytes of id xor secret) into 64 bits, after the
-multiply-and-fold idea of wyhash (Wang Yi, https://github.com/wangyi-fudan/wyhash, public domain). 128 bits identify a device: among 10^9 devices two share a fingerprint with probability 1.5e-21
-(n^2 / 2^129), and the secret keeps anybody from making two ids that do.
+multiply-and-fold idea of wyhash (Wang Yi, https://github.com/wangyi-fudan/wyhash, public domain). 128 bits identify
+a device: among 10^9 devices two share a fingerprint with probability 1.5e-21 (n^2 / 2^129), and the secret keeps
+anybody from making two ids that do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The loops of the join: pings meet the cover, a new ring meets the table.
 
 Every ping of a batch goes through a few steps, each some pings ahead of the next so that cache misses overlap with
-each other and with the arithmetic: hash its id and ask for the index line; guess its row and ask for the record; compare;
-look closely, many together, where that says so.
+each other and with the arithmetic: hash its id and ask for the index line; guess its row and ask for the record;
+compare; look closely, many together, where that says so.
 
 The comparison is all there is for a phone that stayed inside its *stay box*: a rectangle around the *anchor* (where
 the device was last looked at closely) in which neither its cell nor the answer of any ring it was not told about
@@ -316,8 +316,8 @@ def apply_pings(
             guess[at(guessed & RING_MASK)] = row
             if row >= 0:
                 prefetch(records, row)
-        # 3. Compare. A ping that stays in its box is done here; the others, with all later ones of their devices, wait for
-        #    a close look, in order: what that needs is asked for, and many of them overlap.
+        # 3. Compare. A ping that stays in its box is done here; the others, with all later ones of their devices, wait
+        #    for a close look, in order: what that needs is asked for, and many of them overlap.
         if ping < first:
             continue
         if slow == 0 and hits + SLOW_PINGS * slots > len(hit_row):

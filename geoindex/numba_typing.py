@@ -44,7 +44,7 @@ def kernel(function: F) -> F:
 
 
 def lean_kernel(function: F) -> F:
-    """As `kernel`, for loops that allocate nothing: compiled without reference counts, which `inline_kernel` tells of."""
+    """As `kernel`, for loops that allocate nothing: compiled without reference counts (see `inline_kernel`)."""
     compiled = _njit(cache=True, nogil=True, fastmath=False, boundscheck=False, error_model="numpy", _nrt=False)(
         function
     )

@@ -18,7 +18,7 @@ def measure(seconds: float, processes: int, say: Say) -> Report:
     traffic = Traffic(PHONES)
     with live_system(traffic.settings(SHARD_COUNT), processes) as system:
         warm_up(system, traffic, active_alerts(traffic.world, 10, system.now_ms()), None, say)
-        time.sleep(min(QUIET_S, seconds))
+        time.sleep(min(QUIET_S, seconds / 2))
         heads = system.heads()
         with measured_cpu(system) as cores:
             time.sleep(seconds)

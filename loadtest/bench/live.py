@@ -34,7 +34,7 @@ from flows.log import (
     parse_id,
     push_key,
 )
-from flows.metrics import Stats, read_stats
+from flows.metrics import STATS_KEY, Stats, read_stats
 from flows.server import EmbeddedServer, connect, link_opener
 from flows.wire import decode_push
 from geoindex.columns import PingBatch
@@ -49,8 +49,7 @@ APPEND_PINGS = 125_000
 START_TIMEOUT_S = 60.0
 DONE_TIMEOUT_S = 600.0
 POLL_S = 0.005
-STATS_INTERVAL_S = 1.0
-"""The flow publishes its numbers so often."""
+STATS_TIMEOUT_S = 10.0
 MEMORY_SHARE = 0.6
 """Of the machine's memory that the server may use: the flow needs the rest."""
 
@@ -232,7 +231,13 @@ class LiveSystem:
 
     def last_stats(self) -> Stats:
         """As `stats`, with everything in it that has happened until now."""
-        time.sleep(2 * STATS_INTERVAL_S)
+        now_ms = time.time() * 1000
+
+        def all_are_later() -> bool:
+            published = cast("list[tuple[bytes, float]]", self.client.zrange(STATS_KEY, 0, -1, withscores=True))
+            return sum(at_ms > now_ms for _, at_ms in published) >= self._process_count
+
+        self.wait_until(all_are_later, STATS_TIMEOUT_S, "flow publishes its numbers")
         return self.stats()
 
     def check_totals(self, report: Report, id_count: int | None) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -18,7 +19,7 @@ Say = Callable[[str], None]
 """Told what is being done, for a person who waits."""
 
 Number = int | float
-Value = Number | str | bool | list[float] | list[int] | dict[str, float] | None
+Value = Number | str | bool | list[float] | list[int] | dict[str, float] | dict[str, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Report:
             "notes": self.notes,
             "series": self.series,
             "duration_s": round(time.monotonic() - self.started_s, 1),
+            "goals": {key: str(goal) for (benchmark, key), goal in GOALS.items() if benchmark == self.benchmark},
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
             **machine_values(),
         }
@@ -115,6 +117,26 @@ class Report:
         if goal.devices and isinstance(devices, int) and devices < goal.devices:
             return f"{goal} at {goal.devices:,} devices"
         return f"{goal} {'met' if goal.is_met(value) else 'NOT met'}"
+
+
+def goals_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Every goal beside what was measured; `reports`: as `Report.as_json` gives them, by benchmark."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for name in ("benchmark", "measure", "value", "goal", ""):
+        table.add_column(name, justify="right" if name in ("value", "goal") else "left")
+    for (benchmark, key), goal in GOALS.items():
+        found = reports.get(benchmark, {})
+        value = found.get(key)
+        if not found.get("verified"):
+            verdict = f"wrong: {'; '.join(found.get('faults', ['not run']))}"
+        elif value is None:
+            verdict = "not measured"
+        elif found.get("devices", 0) < goal.devices:
+            verdict = f"at {found['devices']:,} devices, the goal is for {goal.devices:,}"
+        else:
+            verdict = "met" if goal.is_met(value) else "NOT met"
+        table.add_row(benchmark, key, "" if value is None else shown(value), str(goal), verdict)
+    return table
 
 
 def shown(value: Value) -> str:

@@ -110,13 +110,19 @@ class Rates:
         return float(np.median(self.cpu_ns_per_ping))
 
 
-def measure_pings(warm: WarmMachine, repeats: int, ping_count: int, batch_pings: int) -> Rates:
-    """Apply pings never seen before, `ping_count` a repeat. They wait in memory, decoded; drawing them is not timed."""
+def measure_pings(
+    warm: WarmMachine, repeats: int, ping_count: int, batch_pings: int, seconds_min: float = 0.0
+) -> Rates:
+    """Apply pings never seen before, `ping_count` a repeat. They wait in memory, decoded; drawing them is not timed.
+
+    `seconds_min`: go on with more repeats until so much time was measured.
+    """
     machine = warm.machine
     ns_per_ping: list[float] = []
     cpu_ns_per_ping: list[float] = []
     closely_before = machine.counters.pings_looked_at_closely
-    for _ in range(repeats):
+    measured_s = 0.0
+    while len(ns_per_ping) < repeats or measured_s < seconds_min:
         sent = list(warm.traffic.batches(ping_count, batch_pings))
         entries: list[tuple[int, PingBatch]] = [(batch.at_ms, as_decoded(batch.pings)) for batch in sent]
         pushes: list[list[Push]] = []
@@ -124,12 +130,13 @@ def measure_pings(warm: WarmMachine, repeats: int, ping_count: int, batch_pings:
         for at_ms, pings in entries:
             pushes.append(machine.apply(at_ms, pings))
         wall_s, cpu_s = time.perf_counter() - wall_s, time.thread_time() - cpu_s
+        measured_s += wall_s
         ns_per_ping.append(wall_s * 1e9 / ping_count)
         cpu_ns_per_ping.append(cpu_s * 1e9 / ping_count)
         for batch, caused in zip(sent, pushes, strict=True):
             warm.take(batch, caused)
     closely = machine.counters.pings_looked_at_closely - closely_before
-    return Rates(ns_per_ping, cpu_ns_per_ping, closely / (repeats * ping_count))
+    return Rates(ns_per_ping, cpu_ns_per_ping, closely / (len(ns_per_ping) * ping_count))
 
 
 def id_count(pushes: Iterable[Push]) -> int:

@@ -67,6 +67,8 @@ class FlowProcess:
 
     def __init__(self, url: str, log_path: Path, *options: str) -> None:
         self._log_path = log_path
+        # Without checkpoints: a flow that starts again replays its logs from their first entries.
+        options = ("--var", str(log_path.parent / "var"), "--checkpoint-interval", "0", *options)
         command = [sys.executable, "-m", "tuanyuan.cli", "run", "--valkey", url, "--quiet", *options]
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(

@@ -173,7 +173,7 @@ def test_every_attribute_is_either_state_or_made_anew() -> None:
     assert set(vars(ShardMachine())) == state | made_anew
     assert set(vars(DeviceTable())) == {"columns", "rows_max", "_told_words"}
     saved = set(DeviceTable().columns_in_use())
-    assert set(DeviceTable().columns._fields) - {"index", "counts", "told"} | {"told_0"} == saved
+    assert set(DeviceTable().columns._fields) - {"index", "counts"} == saved
     assert set(vars(AlertIndex())) == {"open", "_partners", "_by_slot", "_zone_rows_used", "columns"}
 
 

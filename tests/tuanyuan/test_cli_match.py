@@ -68,7 +68,7 @@ PUSHES = "".join(
 )
 SAID = """\
 pings.csv:5: latitude must be a number from -90 to 90, got '91'
-pings.csv:8: device_id must be 1 to 64 bytes, got 0
+pings.csv:9: device_id must be 1 to 64 bytes, got 0
 alerts.jsonl:4: alert 'a17': unknown field 'expires'; known are alert_id, revision, location, missing_since, \
 schedule, expires_at, status, audience, headline, description, instruction, contact, web, photo_url
 alerts.jsonl:6: alert 'a18': cannot be closed: it was never published
@@ -77,148 +77,180 @@ pings: 8 accepted; set aside: id_length 1, latitude 1
 alert events refused: 2
 pushes: 12 -> out.jsonl
 """
-MATCH = ("match", "--pings", "pings.csv", "--alerts", "alerts.jsonl", "--out")
+MATCH = ["match", "--pings", "pings.csv", "--alerts", "alerts.jsonl", "--out"]
+ONE_EVENT = ALERTS.splitlines()[0] + "\n"
+
+
+def match(pings: str, alerts: str, out: str, *options: str) -> list[str]:
+    return ["match", "--pings", pings, "--alerts", alerts, "--out", out, *options]
+
+
+RUNS: dict[str, list[str]] = {
+    "one shard, row by row": match("pings.csv", "alerts.jsonl", "one.jsonl", "--shards", "1", "--batch-rows", "1"),
+    "many shards": match("pings.csv", "alerts.jsonl", "many.jsonl", "--shards", "64", "--batch-rows", "3"),
+    "gzip": match("pings.csv.gz", "alerts.jsonl", "gzip.jsonl"),
+    "older result": match("pings.csv", "alerts.jsonl", "older.jsonl"),
+    "long window": match("pings.csv", "alerts.jsonl", "window.jsonl", "--live-window", "12h"),
+    "strict, bad rows": match("pings.csv", "clean.jsonl", "strict-1.jsonl", "--strict"),
+    "strict, bad events": match("clean.csv", "unknown.jsonl", "strict-2.jsonl", "--strict"),
+    "strict, nothing bad": match("clean.csv", "clean.jsonl", "strict-3.jsonl", "--strict"),
+    "strict, an old ping": match("old.csv", "clean.jsonl", "strict-4.jsonl", "--strict"),
+    "nothing at all": match("none.csv", "none.jsonl", "none-1.jsonl"),
+    "no pings": match("none.csv", "alerts.jsonl", "none-2.jsonl"),
+    "no alerts": match("pings.csv", "none.jsonl", "none-3.jsonl"),
+    "no such folder": match("pings.csv", "alerts.jsonl", "nowhere/out.jsonl"),
+    "a folder": match("pings.csv", "alerts.jsonl", "a-folder"),
+    "cut gzip": match("cut.csv.gz", "alerts.jsonl", "kept.jsonl"),
+    "damaged gzip": match("damaged.csv.gz", "alerts.jsonl", "kept.jsonl"),
+    "over its pings": match("mine.csv", "alerts.jsonl", "mine.csv"),
+    "over its alerts": match("pings.csv", "mine.jsonl", "link.jsonl"),
+    "window of ages": match("pings.csv", "alerts.jsonl", "ages.jsonl", "--live-window", "99999999999999999999d"),
+    "first row from the future": match("future.csv", "clean.jsonl", "future.jsonl"),
+    "byte order mark": match("pings.csv", "bom.jsonl", "bom-out.jsonl"),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("match")
     compile_kernels(folder)
-    (folder / "pings.csv").write_text(PINGS)
-    (folder / "pings.csv.gz").write_bytes(gzip.compress(PINGS.encode()))
-    (folder / "alerts.jsonl").write_text(ALERTS)
+    many = "device_id,lat,lng,observed_at\n" + "".join(f"a{n},30,104,{AT_14_45 + n}\n" for n in range(20_000))
+    damaged = bytearray(gzip.compress(many.encode(), mtime=0))
+    for position in range(5000, 5050):
+        damaged[position] ^= 0xFF
+    files: dict[str, str | bytes] = {
+        "pings.csv": PINGS,
+        "pings.csv.gz": gzip.compress(PINGS.encode()),
+        "alerts.jsonl": ALERTS,
+        "clean.csv": f"device_id,lat,lng,observed_at\nnear,30.70,104.06,{AT_14_45}\n",
+        "clean.jsonl": ONE_EVENT,
+        "unknown.jsonl": ONE_EVENT + "not json\n",
+        "old.csv": f"device_id,lat,lng,observed_at,at\nold,30,104,1,{AT_14_45}\n",
+        "none.csv": "device_id,lat,lng,observed_at\n",
+        "none.jsonl": "\n",
+        "older.jsonl": "older\n" * 1000,
+        "kept.jsonl": "kept\n",
+        "cut.csv.gz": gzip.compress(many.encode())[:-20],
+        "damaged.csv.gz": bytes(damaged),
+        "mine.csv": PINGS,
+        "mine.jsonl": ALERTS,
+        "future.csv": (
+            f"device_id,lat,lng,observed_at,at\na,30,104,{AT_16_00},{AT_14_45}\nb,30,104,{AT_14_45},{AT_14_45}\n"
+        ),
+        "bom.jsonl": "\ufeff" + ALERTS,
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / "link.jsonl").symlink_to("mine.jsonl")
+    (folder / "a-folder").mkdir()
     return folder
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path) -> Ran:
-    return run(*MATCH, "out.jsonl", folder=folder)
+def ran(folder: Path) -> dict[str, Ran]:
+    return dict(zip(RUNS, run_all(list(RUNS.values()), folder), strict=True))
 
 
-def test_a_run_over_files_writes_the_lines_worked_out_by_hand(folder: Path, plain: Ran) -> None:
+def result(folder: Path, ended: Ran) -> str:
+    return (folder / ended.arguments[6]).read_text()
+
+
+def said(ended: Ran) -> list[str]:
+    return sorted(ended.err.strip().splitlines())
+
+
+def test_a_run_over_files_writes_the_lines_worked_out_by_hand_and_names_what_it_set_aside(folder: Path) -> None:
+    plain = run(*MATCH, "out.jsonl", folder=folder)
     assert plain.code == 0, plain.err
-    assert (folder / "out.jsonl").read_text() == PUSHES
-
-
-def test_what_was_set_aside_is_named_by_file_line_and_reason_and_counted(plain: Ran) -> None:
-    assert sorted(plain.err.strip().splitlines()) == sorted(SAID.splitlines())
+    assert result(folder, plain) == PUSHES
+    assert said(plain) == sorted(SAID.splitlines())
     assert plain.out == ""
 
 
-def test_shards_batches_and_gzip_change_nothing(folder: Path, plain: Ran) -> None:
-    runs = [
-        [*MATCH, "one.jsonl", "--shards", "1", "--batch-rows", "1"],
-        [*MATCH, "many.jsonl", "--shards", "64", "--batch-rows", "3"],
-        ["match", "--pings", "pings.csv.gz", *MATCH[3:], "gzip.jsonl"],
-        [*MATCH, folder / "absolute.jsonl"],
-    ]
-    for ended in run_all(runs, folder):
-        assert ended.code == 0, ended.err
-        name = str(ended.arguments[6])
-        assert (folder / name).read_text() == PUSHES, name
-        said = ended.err.strip().replace("pings.csv.gz", "pings.csv").replace(name, "out.jsonl")
-        assert sorted(said.splitlines()) == sorted(SAID.splitlines())
+@pytest.mark.parametrize("name", ["one shard, row by row", "many shards", "gzip", "older result"])
+def test_shards_batches_gzip_and_an_older_result_change_nothing(name: str, folder: Path, ran: dict[str, Ran]) -> None:
+    ended = ran[name]
+    assert ended.code == 0, ended.err
+    assert result(folder, ended) == PUSHES
+    pings, out = ended.arguments[2], ended.arguments[6]
+    assert said(ended) == sorted(SAID.replace("pings.csv", pings).replace("out.jsonl", out).splitlines())
 
 
-def test_a_longer_live_window_finds_who_slept(folder: Path) -> None:
-    (ended,) = run_all([[*MATCH, "window.jsonl", "--live-window", "12h"]], folder)
-    assert "pings: 8 accepted; set aside: id_length 1, latitude 1\n" in ended.err
-    assert '"device_id":"asleep"' in (folder / "window.jsonl").read_text()
+def test_neither_hash_seed_nor_time_zone_change_anything(folder: Path) -> None:
+    ended = run(*MATCH, "zone.jsonl", folder=folder, PYTHONHASHSEED="1", TZ="America/New_York")
+    assert (ended.code, result(folder, ended)) == (0, PUSHES)
 
 
-def test_strict_ends_with_three_if_anything_was_set_aside_and_still_writes_the_rest(folder: Path) -> None:
-    (folder / "clean.csv").write_text(f"device_id,lat,lng,observed_at\nnear,30.70,104.06,{AT_14_45}\n")
-    (folder / "clean.jsonl").write_text(ALERTS.splitlines()[0] + "\n")
-    (folder / "unknown.jsonl").write_text(ALERTS.splitlines()[0] + "\nnot json\n")
-    clean = ["match", "--pings", "clean.csv", "--alerts", "clean.jsonl", "--strict", "--out"]
-    refused = ["match", "--pings", "clean.csv", "--alerts", "unknown.jsonl", "--strict", "--out"]
-    rows, events, nothing = run_all(
-        [[*MATCH, "strict.jsonl", "--strict"], [*refused, "events.jsonl"], [*clean, "nothing.jsonl"]], folder
-    )
+def test_a_result_is_readable_by_all(folder: Path, ran: dict[str, Ran]) -> None:
+    assert (folder / ran["older result"].arguments[6]).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_longer_live_window_finds_who_slept(folder: Path, ran: dict[str, Ran]) -> None:
+    lines = result(folder, ran["long window"]).splitlines(keepends=True)
+    assert line(AT_14_45, "alert", 1, "baidu", "asleep", 100) in lines
+    assert len(lines) == len(PUSHES.splitlines()) + 3
+
+
+def test_strict_ends_with_three_if_anything_was_set_aside_and_still_writes_the_rest(
+    folder: Path, ran: dict[str, Ran]
+) -> None:
+    rows, events, nothing = (ran[f"strict, {what}"] for what in ("bad rows", "bad events", "nothing bad"))
     assert (rows.code, events.code, nothing.code) == (3, 3, 0)
-    assert (folder / "strict.jsonl").read_text() == PUSHES
-    assert len((folder / "events.jsonl").read_text().splitlines()) == 1
+    assert result(folder, rows).startswith(line(AT_14_45, "alert", 1, "amap", "near", 100))
+    assert result(folder, events) == line(AT_14_45, "alert", 1, "default", "near", 100)
     assert "unknown.jsonl:2: " in events.err
     assert "set aside: none\n" in nothing.err
     assert "refused" not in nothing.err
 
 
-def test_pings_too_old_for_the_live_window_count_as_set_aside_by_the_machine_only(folder: Path) -> None:
-    """A row that is well-formed and too old is no fault of the file: --strict does not mind."""
-    (folder / "old.csv").write_text(f"device_id,lat,lng,observed_at,at\nold,30,104,1,{AT_14_45}\n")
-    arguments = ["match", "--pings", "old.csv", *MATCH[3:5], "--strict", "--out", "old.jsonl"]
-    (folder / "alerts-1.jsonl").write_text(ALERTS.splitlines()[0] + "\n")
-    arguments[4] = "alerts-1.jsonl"
-    (ended,) = run_all([arguments], folder)
+def test_a_ping_that_is_only_too_old_is_counted_and_strict_does_not_mind(ran: dict[str, Ran]) -> None:
+    ended = ran["strict, an old ping"]
     assert ended.code == 0, ended.err
     assert "pings: 0 accepted; set aside: too_old 1\n" in ended.err
 
 
-def test_files_without_pings_or_alerts_give_an_empty_result(folder: Path) -> None:
-    (folder / "none.csv").write_text("device_id,lat,lng,observed_at\n")
-    (folder / "none.jsonl").write_text("\n")
-    both, no_pings, no_alerts = run_all(
-        [
-            ["match", "--pings", "none.csv", "--alerts", "none.jsonl", "--out", "none-1.jsonl"],
-            ["match", "--pings", "none.csv", "--alerts", "alerts.jsonl", "--out", "none-2.jsonl"],
-            ["match", "--pings", "pings.csv", "--alerts", "none.jsonl", "--out", "none-3.jsonl"],
-        ],
-        folder,
-    )
-    assert (both.code, no_pings.code, no_alerts.code) == (0, 0, 0)
-    for number in (1, 2, 3):
-        assert (folder / f"none-{number}.jsonl").read_bytes() == b""
-    assert "pings: 0 accepted; set aside: none\n" in both.err
-    assert "alert events refused: 2\n" in no_pings.err
+def test_files_without_pings_or_alerts_give_an_empty_result(folder: Path, ran: dict[str, Ran]) -> None:
+    for name in ("nothing at all", "no pings", "no alerts"):
+        assert (ran[name].code, result(folder, ran[name])) == (0, "")
+    assert "pings: 0 accepted; set aside: none\n" in ran["nothing at all"].err
+    assert "alert events refused: 2\n" in ran["no pings"].err
 
 
-def test_a_place_that_cannot_be_written_is_named_and_keeps_what_stood_there(folder: Path) -> None:
-    (folder / "a-folder").mkdir()
-    (folder / "kept.jsonl").write_text("kept\n")
-    cut = gzip.compress(PINGS.encode() * 50)[:-20]
-    (folder / "cut.csv.gz").write_bytes(cut)
-    missing, directory, unreadable = run_all(
-        [
-            [*MATCH, "nowhere/out.jsonl"],
-            [*MATCH, "a-folder"],
-            ["match", "--pings", "cut.csv.gz", *MATCH[3:], "kept.jsonl"],
-        ],
-        folder,
-    )
-    assert missing.code in (1, 2)
-    assert re.match(r"--out: .*No such file or directory", missing.error)
-    assert directory.code in (1, 2)
-    assert re.match(r"--out: .*Is a directory", directory.error)
-    assert unreadable.code == 2
-    assert re.match(r"cut\.csv\.gz: after line \d+: Compressed file ended", unreadable.error)
+def test_a_place_that_cannot_be_written_is_named(ran: dict[str, Ran]) -> None:
+    for name, words in (("no such folder", "No such file or directory"), ("a folder", "Is a directory")):
+        assert ran[name].code in (1, 2)
+        assert re.match(f"--out: .*{words}", ran[name].error)
+
+
+def test_a_gzip_file_that_ends_early_is_refused(ran: dict[str, Ran]) -> None:
+    assert ran["cut gzip"].code == 2
+    assert re.match(r"cut\.csv\.gz: after line \d+: Compressed file ended", ran["cut gzip"].error)
+
+
+def test_a_run_that_fails_keeps_what_stood_there_and_leaves_no_half_of_a_file(
+    folder: Path, ran: dict[str, Ran]
+) -> None:
+    assert ran
     assert (folder / "kept.jsonl").read_text() == "kept\n"
     assert not [path for path in folder.rglob(".*")]
 
 
-def test_a_result_replaces_an_older_one_and_is_readable_by_all(folder: Path) -> None:
-    (folder / "again.jsonl").write_text("older\n" * 1000)
-    (ended,) = run_all([[*MATCH, "again.jsonl"]], folder)
-    assert ended.code == 0
-    assert (folder / "again.jsonl").read_text() == PUSHES
-    assert (folder / "again.jsonl").stat().st_mode & 0o777 == 0o644
-
-
-def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_readmes_example_runs_as_it_stands(tmp_path: Path, folder: Path) -> None:
     _, _, section = (ROOT / "README.md").read_text().partition("## Match files")
     block = re.search(r"\n\n((?:    .*\n)+)", section)
     assert block, "README.md: an indented block of commands under `Match files`"
+    assert folder.exists()  # kernels are compiled
     command = tmp_path / ".venv" / "bin" / "tuanyuan"
     command.parent.mkdir(parents=True)
     command.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
     command.chmod(0o755)
     script = textwrap.dedent(block[1])
     subprocess.run(["sh", "-euc", script], cwd=tmp_path, env=clean_environment(), check=True, timeout=60)
-    near, far = "phone-near", "phone-150-km"
     expected = [
-        (AT_14_45, "alert", near, 100),
-        (AT_15_30, "alert", far, 200),
-        (AT_16_00, "resolved", far, 200),
-        (AT_16_00, "resolved", near, 200),
+        (AT_14_45, "alert", "phone-near", 100),
+        (AT_15_30, "alert", "phone-150-km", 200),
+        (AT_16_00, "resolved", "phone-150-km", 200),
+        (AT_16_00, "resolved", "phone-near", 200),
     ]
     assert (tmp_path / "pushes.jsonl").read_text() == "".join(
         line(at_ms, kind, 1, "default", device_id, ring_km) for at_ms, kind, device_id, ring_km in expected
@@ -229,59 +261,30 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="--out may name an input, which is then lost")
-def test_a_result_never_replaces_its_own_input(folder: Path) -> None:
-    (folder / "mine.csv").write_text(PINGS)
-    (folder / "link.csv").symlink_to("mine.csv")
-    same, linked = run_all(
-        [
-            ["match", "--pings", "mine.csv", *MATCH[3:], "mine.csv"],
-            ["match", "--pings", "mine.csv", *MATCH[3:], "link.csv"],
-        ],
-        folder,
-    )
+def test_a_result_never_replaces_its_own_input(folder: Path, ran: dict[str, Ran]) -> None:
+    assert (ran["over its pings"].code, ran["over its alerts"].code) == (2, 2)
     assert (folder / "mine.csv").read_text() == PINGS
-    assert (same.code, linked.code) == (2, 2)
+    assert (folder / "mine.jsonl").read_text() == ALERTS
 
 
 @pytest.mark.xfail(strict=True, reason="zlib.error is no OSError: a traceback")
-def test_a_gzip_file_that_is_damaged_in_the_middle_is_refused(folder: Path) -> None:
-    rows = "device_id,lat,lng,observed_at\n" + "".join(f"a{n * n},30,104,{AT_14_45 + n}\n" for n in range(9000))
-    damaged = bytearray(gzip.compress(rows.encode()))
-    for position in range(len(damaged) // 2, len(damaged) // 2 + 50):
-        damaged[position] ^= 0xFF
-    (folder / "damaged.csv.gz").write_bytes(damaged)
-    (ended,) = run_all([["match", "--pings", "damaged.csv.gz", *MATCH[3:], "damaged.jsonl"]], folder)
-    assert ended.code == 2
-    assert ended.error.startswith("damaged.csv.gz: after line ")
+def test_a_gzip_file_that_is_damaged_in_the_middle_is_refused(ran: dict[str, Ran]) -> None:
+    assert ran["damaged gzip"].code == 2
+    assert ran["damaged gzip"].error.startswith("damaged.csv.gz: after line ")
 
 
 @pytest.mark.xfail(strict=True, reason="a window beyond 2^63 ms ends in a traceback")
-def test_a_live_window_of_ages_is_refused_or_works(folder: Path) -> None:
-    (ended,) = run_all([[*MATCH, "ages.jsonl", "--live-window", "99999999999999999999d"]], folder)
-    assert "Traceback" not in ended.err
-    assert ended.code in (0, 2)
+def test_a_live_window_of_ages_is_refused_or_works(ran: dict[str, Ran]) -> None:
+    assert "Traceback" not in ran["window of ages"].err
+    assert ran["window of ages"].code in (0, 2)
 
 
 @pytest.mark.xfail(strict=True, reason="the message of a first row from the future shows the unset clock")
-def test_a_first_row_from_the_future_is_named_with_a_time_that_means_something(folder: Path) -> None:
-    (folder / "future.csv").write_text(
-        f"device_id,lat,lng,observed_at,at\na,30,104,{AT_16_00},{AT_14_45}\nb,30,104,{AT_14_45},{AT_14_45}\n"
-    )
-    (ended,) = run_all([["match", "--pings", "future.csv", *MATCH[3:], "future.jsonl"]], folder)
-    assert "future.csv:2: " in ended.err
-    assert str(-(1 << 63)) not in ended.err
+def test_a_first_row_from_the_future_is_named_with_a_time_that_means_something(ran: dict[str, Ran]) -> None:
+    assert "future.csv:2: " in ran["first row from the future"].err
+    assert str(-(1 << 63)) not in ran["first row from the future"].err
 
 
 @pytest.mark.xfail(strict=True, reason="the byte order mark that Windows writes is refused in an alert file")
-def test_a_byte_order_mark_is_no_part_of_the_first_alert_event(folder: Path) -> None:
-    (folder / "bom.jsonl").write_text("\ufeff" + ALERTS)
-    (ended,) = run_all([["match", "--pings", "pings.csv", "--alerts", "bom.jsonl", "--out", "bom-out.jsonl"]], folder)
-    assert ended.code == 0
-    assert (folder / "bom-out.jsonl").read_text() == PUSHES
-
-
-def test_the_result_does_not_depend_on_the_hash_seed_or_the_machines_time_zone(folder: Path) -> None:
-    for seed, zone in (("1", "Asia/Shanghai"), ("2", "America/New_York")):
-        ended = run(*MATCH, f"seed-{seed}.jsonl", folder=folder, PYTHONHASHSEED=seed, TZ=zone)
-        assert ended.code == 0
-        assert (folder / f"seed-{seed}.jsonl").read_text() == PUSHES
+def test_a_byte_order_mark_is_no_part_of_the_first_alert_event(folder: Path, ran: dict[str, Ran]) -> None:
+    assert (ran["byte order mark"].code, result(folder, ran["byte order mark"])) == (0, PUSHES)

@@ -69,9 +69,10 @@ def demo(
         client = connect(server.url)
         log_path = Path(folder) / "run.log"
         with log_path.open("wb") as log:
-            command = ["run", "--valkey", server.url, "--quiet", "--shard-count", str(SHARDS)]
+            # The logs are read from their beginnings at the end, by the audit.
+            command = ["run", "--valkey", server.url, "--var", folder, "--checkpoint-interval", "0", "--quiet"]
             flow = subprocess.Popen(
-                [sys.executable, "-m", "tuanyuan.cli", *command],
+                [sys.executable, "-m", "tuanyuan.cli", *command, "--shard-count", str(SHARDS)],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

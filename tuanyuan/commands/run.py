@@ -49,11 +49,21 @@ def run(
     valkey_port: Annotated[
         int | None, typer.Option(help="TCP port of the embedded server on 127.0.0.1. Default: a free one.")
     ] = None,
+    checkpoint_interval: Annotated[
+        int | None, typer.Option(help="Seconds between two checkpoints of a shard; 0: none. Default: 60.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No status lines.")] = False,
 ) -> None:
     """Run the live flow: read the shard logs, match, write the push queues."""
     logging.getLogger().setLevel(logging.INFO)
-    config = read_config(valkey=valkey, var=var, shards=shards, unsafe_server=unsafe_server, valkey_port=valkey_port)
+    config = read_config(
+        valkey=valkey,
+        var=var,
+        shards=shards,
+        unsafe_server=unsafe_server,
+        valkey_port=valkey_port,
+        checkpoint_interval_s=checkpoint_interval,
+    )
     first_settings = Settings(
         shard_count=shard_count, partners=tuple(partner or ()), live_window_ms=duration_ms(live_window)
     )
