@@ -31,7 +31,8 @@ demo: $(VENV)/.run ## Watch a missing child's alert reach the phones around, wit
 	@$(BIN)/tuanyuan demo
 
 test: $(VENV)/.dev ## Run the tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/tuanyuan warmup
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## Check format, lint, types, Dockerfile, compose.yaml and shell scripts
 	$(BIN)/ruff format --check
@@ -65,7 +66,7 @@ distclean: clean ## Remove the virtual environment too
 # What the program needs, and the program itself: editable, so that a change of the source needs no new set-up.
 $(VENV)/.run: requirements/build.txt requirements/run.txt pyproject.toml $(if $(PYTHON),ask-python)
 	@scripts/make-venv $(VENV) '$(PYTHON)'
-	@echo 'Installing the locked requirements: about 135 MB, once'
+	@echo 'Installing the locked requirements: about 165 MB, once'
 	$(PIP_INSTALL) $(LOCKED) -r requirements/build.txt -r requirements/run.txt
 	$(PIP_INSTALL) --quiet --no-index --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -21,7 +21,7 @@ import mmap
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -88,6 +88,8 @@ class _Lane:
     """Waits for `done`."""
     final_ms: int | None = None
     """Log time of the newest final checkpoint."""
+    unusable: set[LogId] = field(default_factory=set)
+    """Final checkpoints that `begin` had to pass over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class _LogFacts:
         """Why a machine that has seen `position` must not read on in this log, and whether the log is to blame."""
         if position < self.trimmed:
             return f"the log was trimmed up to {format_id(self.trimmed)} since", False
-        if position not in self.present:
+        if position not in self.present and position != self.trimmed:
             return f"the log has lost its tail: it ends with {format_id(self.last)}, without this entry", True
         if position > self.done:
             return f"the queues have lost their tail: they hold what was caused up to {format_id(self.done)}", True
@@ -119,8 +121,7 @@ class Checkpointer:
         writer   on_done(shard, log_id)
         owner    start(), stop(), and when no entry will come any more, finish()
 
-    `interval_s` 0: none are taken. `fetches_loaded` False: source and worker may be in different processes, so that
-    `begin` only makes sure that a checkpoint can be loaded. Thread-safe.
+    `interval_s` 0: none are taken. Source and worker may be in different processes. Thread-safe.
     """
 
     def __init__(
@@ -132,7 +133,6 @@ class Checkpointer:
         keep_ms: int,
         metrics: Metrics = METRICS,
         trims: bool = True,
-        fetches_loaded: bool = True,
     ) -> None:
         """`keep_ms`: no raw ping may be in a log for longer. `trims` False: the logs keep everything."""
         self._store = store
@@ -141,7 +141,6 @@ class Checkpointer:
         self._keep_ms = keep_ms
         self._metrics = metrics
         self._trims = trims
-        self._fetches_loaded = fetches_loaded
         self._changed = threading.Condition()
         now_s = time.monotonic()
         shards = list(shards)
@@ -149,7 +148,6 @@ class Checkpointer:
             shard: _Lane(due_s=now_s + interval_s * (index + 1) / len(shards)) for index, shard in enumerate(shards)
         }
         self._started_ms = round(time.time() * 1000)
-        self._loaded: dict[tuple[int, LogId], ShardMachine] = {}
         self._order: _Order | None = None
         self._stopping = False
         self._failure: BaseException | None = None
@@ -160,11 +158,9 @@ class Checkpointer:
     def begin(self, shard: int) -> LogId:
         """Where to read a shard's log on from: behind the newest checkpoint that can be used, or from its first entry.
 
-        A checkpoint that cannot be used is set aside, loudly.
+        A checkpoint that cannot be used is passed over, loudly.
         Raises LogTooShort; SettingsRefused; redis.RedisError, OSError: then call again.
         """
-        for key in [key for key in self._loaded if key[0] == shard]:
-            del self._loaded[key]
         self._store.sweep(shard)
         # In this order: when a checkpoint is final, `done` has passed it.
         finals = self._store.finals(shard)
@@ -173,7 +169,6 @@ class Checkpointer:
         for checkpoint in finals:
             problem = self._try(checkpoint, facts)
             if problem is None:
-                self._lanes[shard].final_ms = checkpoint.position[0]
                 return checkpoint.position
             reasons.append(problem)
         if facts.trimmed != FIRST:
@@ -187,7 +182,7 @@ class Checkpointer:
     def machine_at(self, shard: int, position: LogId) -> ShardMachine:
         """The machine behind the entry that `begin` named; what was taken of the shard's last machine is given up.
 
-        Raises CheckpointUnusable if the checkpoint is gone meanwhile.
+        Raises CheckpointUnusable if the checkpoint has changed since; SettingsRefused, MemoryError.
         """
         with self._changed:
             lane = self._lanes[shard]
@@ -199,38 +194,36 @@ class Checkpointer:
             self._changed.notify_all()
         if written is not None:
             self._store.give_up(written)
+        finals = self._store.finals(shard)
+        # `begin` has passed over these; it may have done so in another process.
+        lane.unusable = {checkpoint.position for checkpoint in finals if checkpoint.position > position}
+        lane.final_ms = None if position == FIRST else position[0]
         if position == FIRST:
             return ShardMachine()
-        machine = self._loaded.pop((shard, position), None)
-        if machine is not None:
-            return machine
-        for checkpoint in self._store.finals(shard):
+        for checkpoint in finals:
             if checkpoint.position == position:
-                return self._store.load(checkpoint)
+                started_s = time.monotonic()
+                machine = self._store.load(checkpoint)
+                self._metrics.gauge("checkpoint_load_ms", 1000 * (time.monotonic() - started_s), shard=str(shard))
+                return machine
         raise CheckpointUnusable(f"shard {shard}: the checkpoint behind {format_id(position)} is gone")
 
     def _try(self, checkpoint: Checkpoint, facts: _LogFacts) -> str | None:
-        """Load (or verify) a checkpoint; why it cannot be used, after setting it aside."""
+        """Whether a checkpoint can be used: None, or else why not."""
         shard = checkpoint.shard
         fault = facts.fault(checkpoint.position)
         if fault is not None:
             reason, tail_lost = f"{checkpoint.path}: {fault[0]}", fault[1]
             self._metrics.count("log_tail_lost_total" if tail_lost else "checkpoints_outdated_total", shard=str(shard))
         else:
-            started_s = time.monotonic()
             try:
-                if self._fetches_loaded:
-                    self._loaded[shard, checkpoint.position] = self._store.load(checkpoint)
-                else:
-                    self._store.verify(checkpoint)
+                # Not loaded yet: a shard that starts anew would be in memory twice.
+                self._store.verify(checkpoint)
+                return None
             except CheckpointUnusable as unusable:
                 reason = str(unusable)
                 self._metrics.count("checkpoints_damaged_total", shard=str(shard))
-            else:
-                self._metrics.gauge("checkpoint_load_ms", 1000 * (time.monotonic() - started_s), shard=str(shard))
-                return None
-        logger.error("shard %d: a checkpoint is set aside: %s", shard, reason)
-        self._store.set_aside(checkpoint)
+        logger.error("shard %d: a checkpoint cannot be used: %s", shard, reason)
         return reason
 
     def _log_facts(self, shard: int, positions: list[LogId]) -> _LogFacts:
@@ -312,7 +305,8 @@ class Checkpointer:
                 continue
             position = seat.raw.log_id
             try:
-                if position in [checkpoint.position for checkpoint in self._store.finals(shard)]:
+                finals = [final.position for final in self._store.finals(shard)]
+                if position in finals and position not in lane.unusable:
                     continue
                 started_s = time.monotonic()
                 lane.written = self._store.write(shard, position, seat.machine.state(), seat.machine.columns())
@@ -425,11 +419,12 @@ class Checkpointer:
                 return
             lane.written = None
         try:
-            self._store.finalise(written)
+            self._store.finalise(written, lane.unusable)
         except OSError as error:
             self._failed(shard, error)
             return
         lane.final_ms = written.position[0]
+        lane.unusable.discard(written.position)
         self._metrics.count("checkpoints_total", shard=str(shard))
         self._trim(shard)
 
@@ -473,7 +468,8 @@ class Checkpointer:
 
         Never an entry that is newer than both: without it a restart would not know who was told.
         """
-        finals = [checkpoint.position for checkpoint in self._store.finals(shard)]
+        unusable = self._lanes[shard].unusable
+        finals = [final.position for final in self._store.finals(shard) if final.position not in unusable]
         first = connection.xrange(log_key(shard), count=1)
         if not first or not finals:
             return None

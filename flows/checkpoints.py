@@ -4,7 +4,6 @@
         1700000060000-7.checkpoint           the machine as it was behind log entry 1700000060000-7
         1700000120000-0.checkpoint           the newest; no more than these two are kept
         1700000180000-3.4711-1.writing       being written, or waiting until its pushes are in the queues
-        1699999940000-1.set-aside            found damaged, or ahead of a log that lost its tail
 
     file     magic · header length u32 · CRC-32 of the header u32 · header (msgpack) · blocks
     block    up to 4 MiB of one column · CRC-32 u32, going on from the block before
@@ -27,7 +26,7 @@ import re
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -39,8 +38,8 @@ from flows.log import LogId, format_id, parse_id
 from flows.wire import SETTINGS, decode_entry, encode_entry
 from geoindex.columns import U8
 from geoindex.entries import AlertRevision, Settings
-from geoindex.shard import ShardCounters, ShardMachine
-from geoindex.snapshot import AlertState, Column, Columns, MachineState, put
+from geoindex.shard import SettingsRefused, ShardCounters, ShardMachine
+from geoindex.snapshot import AlertState, Column, Columns, Fill, MachineState, fits, put
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ BLOCK_BYTES = 4 << 20
 """Also what is written between two fdatasyncs: the server fsyncs its log on the same disk, and must not wait for much
 of ours."""
 
-_FINAL, _WRITING, _SET_ASIDE = ".checkpoint", ".writing", ".set-aside"
+_FINAL, _WRITING = ".checkpoint", ".writing"
 _FINAL_NAME = re.compile(r"(\d+-\d+)\.checkpoint")
 _FRAME = struct.Struct("<II")
 _CRC = struct.Struct("<I")
@@ -132,8 +131,11 @@ class CheckpointStore:
         """
         started_s = time.monotonic()
         folder = self._folder(shard)
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.mkdir(exist_ok=True, mode=0o700)
+        if not folder.exists():
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            for above in (self.directory, self.directory.parent, self.directory.parent.parent):
+                _sync_folder(above)
         path = folder / f"{format_id(position)}.{os.getpid()}-{next(self._numbers)}{_WRITING}"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -141,12 +143,15 @@ class CheckpointStore:
             header = _pack_header(shard, position, state, columns)
             header_crc = zlib.crc32(header)
             size_bytes = _write_all(descriptor, [MAGIC + _FRAME.pack(len(header), header_crc), header])
+            synced_bytes = 0
             for name, column in columns.items():
                 for block, crc in _blocks(name, column, header_crc):
                     if not wanted():
                         raise CheckpointAbandoned(f"{path}: nobody wants it any more")
                     size_bytes += _write_all(descriptor, [block, crc])
-                    _sync_bytes(descriptor)
+                    if size_bytes - synced_bytes >= BLOCK_BYTES:
+                        _sync_bytes(descriptor)
+                        synced_bytes = size_bytes
                     time.sleep(max(0.0, size_bytes / bytes_per_s - (time.monotonic() - started_s)))
             os.fsync(descriptor)
         except BaseException:
@@ -155,36 +160,30 @@ class CheckpointStore:
             raise
         return WrittenCheckpoint(shard, position, path, size_bytes, descriptor)
 
-    def finalise(self, written: WrittenCheckpoint) -> Checkpoint:
-        """Make it one that may be started from, durably, and delete what is older than the two latest.
+    def finalise(self, written: WrittenCheckpoint, unusable: Collection[LogId] = ()) -> Checkpoint:
+        """Make it one that may be started from, durably, and delete all but the two latest.
 
-        The caller has seen `done` at its position, or beyond.
+        The caller has seen `done` at its position, or beyond. `unusable`: positions of finals that do not count as one
+        of the two, and have stayed until now: better a damaged checkpoint than none.
         """
         folder = self._folder(written.shard)
         path = folder / f"{format_id(written.position)}{_FINAL}"
         try:
             written.path.replace(path)
-            for above in (folder, self.directory, self.directory.parent):
-                _sync_folder(above)
+            _sync_folder(folder)
         finally:
             os.close(written.descriptor)
         finals = self.finals(written.shard)
-        old = [checkpoint.path for checkpoint in finals[KEPT_COUNT:]]
-        if len(finals) >= KEPT_COUNT:
-            old += folder.glob(f"*{_SET_ASIDE}")
-        for leftover in old:
-            leftover.unlink(missing_ok=True)
+        usable = [final for final in finals if final.position not in unusable or final.position == written.position]
+        for final in finals:
+            if final not in usable[:KEPT_COUNT]:
+                final.path.unlink(missing_ok=True)
         return Checkpoint(written.shard, written.position, path)
 
     def give_up(self, written: WrittenCheckpoint) -> None:
         """Delete a checkpoint that will never be final."""
         written.path.unlink(missing_ok=True)
         os.close(written.descriptor)
-
-    def set_aside(self, checkpoint: Checkpoint) -> None:
-        """Nobody shall start from it again. Kept, for whoever wants to look, until two new ones are final."""
-        with contextlib.suppress(FileNotFoundError):
-            checkpoint.path.rename(checkpoint.path.with_suffix(_SET_ASIDE))
 
     def sweep(self, shard: int) -> int:
         """Delete what processes that are gone did not finish; how many files."""
@@ -204,17 +203,12 @@ class CheckpointStore:
         Raises CheckpointUnusable; SettingsRefused if this program does not follow its settings; MemoryError.
         """
         with _Reader.opened(checkpoint) as reader:
-            try:
-                machine = ShardMachine.restored(reader.state, reader.fill)
-            except ValueError as problem:
-                reader.refuse(str(problem))
-            reader.check_used_up()
-            return machine
+            return reader.machine(reader.fill)
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Read all of it. Raises CheckpointUnusable."""
+        """Make sure that `load` would succeed: read and check everything, and keep nothing. Raises as `load`."""
         with _Reader.opened(checkpoint) as reader:
-            reader.skim()
+            reader.machine(reader.check)
 
     def _folder(self, shard: int) -> Path:
         return self.directory / f"s{shard:03d}"
@@ -226,7 +220,6 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint, descriptor: int) -> None:
         self._checkpoint = checkpoint
         self._descriptor = descriptor
-        self._left: set[str] = set()
         prefix = os.pread(descriptor, len(MAGIC) + _FRAME.size, 0)
         if len(prefix) < len(MAGIC) + _FRAME.size or not prefix.startswith(MAGIC):
             self.refuse("it does not begin as a checkpoint does")
@@ -255,7 +248,6 @@ class _Reader:
             offset += size_bytes + _CRC.size * -(-size_bytes // BLOCK_BYTES)
         if os.fstat(descriptor).st_size != offset:
             self.refuse(f"it must have {offset} bytes, and has {os.fstat(descriptor).st_size}")
-        self._left = set(self._columns)
 
     @classmethod
     @contextlib.contextmanager
@@ -272,28 +264,48 @@ class _Reader:
         finally:
             os.close(descriptor)
 
+    def machine(self, fill: Fill) -> ShardMachine:
+        """The machine, with its columns read by `fill` or `check`."""
+        left = set(self._columns)
+
+        def tracked(name: str, target: Column) -> None:
+            left.discard(name)
+            fill(name, target)
+
+        try:
+            machine = ShardMachine.restored(self.state, tracked)
+        except SettingsRefused:
+            raise
+        except ValueError as problem:
+            self.refuse(str(problem))
+        if left:
+            # State that would be lost.
+            self.refuse(f"this program does not know the column {min(left)!r}")
+        return machine
+
     def fill(self, name: str, target: Column) -> None:
         """Read a column into a machine's memory, checking every block."""
-        if name not in self._columns:
-            self.refuse(f"it lacks the column {name!r}")
-        dtype, rows, offset = self._columns[name]
-        self._left.discard(name)
-        if dtype == target.dtype and rows == len(target):
+        dtype, offset = self._found(name, target)
+        if dtype == target.dtype:
             self._read(name, offset, target.view(np.uint8))
             return
-        stored = np.empty(rows, dtype)
+        stored = np.empty(len(target), dtype)
         self._read(name, offset, stored.view(np.uint8))
         put(stored, target)
 
-    def skim(self) -> None:
-        """Check every block, and keep none."""
-        for name, (dtype, rows, offset) in self._columns.items():
-            self._read(name, offset, None, rows * dtype.itemsize)
+    def check(self, name: str, target: Column) -> None:
+        """Read a column into nothing, checking every block."""
+        dtype, offset = self._found(name, target)
+        self._read(name, offset, None, len(target) * dtype.itemsize)
 
-    def check_used_up(self) -> None:
-        """A column that nobody asked for is state that would be lost."""
-        if self._left:
-            self.refuse(f"this program does not know the column {min(self._left)!r}")
+    def _found(self, name: str, target: Column) -> tuple[np.dtype[Any], int]:
+        """Type and place of a column that fits a machine's."""
+        if name not in self._columns:
+            self.refuse(f"it lacks the column {name!r}")
+        dtype, rows, offset = self._columns[name]
+        if not fits(dtype, target.dtype) or rows != len(target):
+            self.refuse(f"its column {name!r} must hold {len(target)} of {target.dtype}, and holds {rows} of {dtype}")
+        return dtype, offset
 
     def refuse(self, reason: str) -> NoReturn:
         raise CheckpointUnusable(f"{self._checkpoint.path}: {reason}")

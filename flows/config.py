@@ -36,7 +36,7 @@ class FlowConfig:
     """Entries of one shard inside the flow: enough to keep it busy, few enough to stay in the cache."""
     read_ahead_mb: int = 256
     """Entries read and not pushed yet, over all shards of the process."""
-    checkpoint_interval_s: int = 60
+    checkpoint_interval_s: float = 60.0
     """Between two checkpoints of a shard; 0: none. A restart replays so much log, and twice as much is kept."""
     trim_logs: bool = True
     """Trim logs behind checkpoints. Without that they keep all, for audits, and raw pings for longer than promised."""
@@ -141,7 +141,7 @@ _PARSERS: dict[str, Any] = {
     "memory_mb": _whole,
     "in_flight_max": _whole,
     "read_ahead_mb": _whole,
-    "checkpoint_interval_s": _whole,
+    "checkpoint_interval_s": float,
     "trim_logs": _flag,
     "idle_wait_ms": _whole,
 }

@@ -159,10 +159,11 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
         if position is None:
             return []
         self._begin_failures = 0
+        where = "from the beginning" if position == FIRST else f"from a checkpoint, behind {format_id(position)}"
         if reason != NOT_STARTED:
-            logger.warning("shard %d: starts anew behind log entry %s: %s", self._shard, format_id(position), reason)
+            logger.warning("shard %d: reads its log again %s: %s", self._shard, where, reason)
         elif position != FIRST:
-            logger.info("shard %d: starts behind log entry %s, from a checkpoint", self._shard, format_id(position))
+            logger.info("shard %d: reads its log %s", self._shard, where)
         self._reader.seek(self._shard, position)
         return [(self._key, Reload(self._shard, position))]
 

@@ -107,6 +107,7 @@ class ShardLogic(StatefulBatchLogic[Entry | Reload, ShardPushes, None]):
         caused: list[ShardPushes] = []
         for entry in values:
             if isinstance(entry, Reload):
+                self._machine = None  # its memory first
                 self._machine = self._machine_of(entry)
                 continue
             if self._machine is None:

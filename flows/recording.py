@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ class PingReader:
             reader = csv.reader(text)
             try:
                 header = next(reader, [])
-            except (csv.Error, OSError, EOFError) as problem:
+            except (csv.Error, OSError, EOFError, zlib.error) as problem:
                 raise UnreadableFile(f"{self.path}:1: {problem}") from problem
             columns = self._columns(header)
             more = True
@@ -180,7 +181,7 @@ class PingReader:
             except csv.Error as problem:
                 self.set_aside.add("columns", f"{self.path}:{reader.line_num}", f"not a CSV row: {problem}")
                 continue
-            except (OSError, EOFError) as problem:
+            except (OSError, EOFError, zlib.error) as problem:
                 raise UnreadableFile(f"{self.path}: after line {reader.line_num}: {problem}") from problem
             if len(row) == width:
                 rows.append(row)

@@ -10,6 +10,7 @@ own clock, so batches can be large and their size changes nothing.
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,8 @@ def read_alert_events(path: Path, settings: Settings) -> tuple[list[TimedAlertEv
     timed: list[tuple[int, int, object]] = []
     with path.open("rb") as lines:
         for line_number, line in enumerate(lines, start=1):
+            if line_number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
@@ -126,10 +129,12 @@ class Recording:
             )
         pings = pings.part(slice(decided))
         for row in np.flatnonzero(~accepted).tolist():
+            # Before the first accepted ping there is no clock but the row's own arrival.
+            clock_ms = at_ms[row] if at_ms[row] != NO_CLOCK or pings.at_ms is None else pings.at_ms[row]
             self.pings.set_aside.add(
                 "from_the_future",
                 f"{self.pings.path}:{pings.lines[row]}",
-                f"observed_at must be at most {tolerance_ms // 1000} s ahead of the clock ({at_ms[row]}), "
+                f"observed_at must be at most {tolerance_ms // 1000} s ahead of the clock ({clock_ms}), "
                 f"got {pings.observed_at_ms[row]}",
             )
         if not accepted.all():

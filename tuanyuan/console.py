@@ -18,6 +18,8 @@ EXIT_USAGE = 2
 EXIT_REFUSED = 3
 """Some input was refused and the command was told to mind (`--strict`), or the server said no."""
 
+DURATION_MS_MAX = 100 * 365 * 86_400_000
+
 _UNIT_MS = {"ms": 1, "s": 1000, "m": 60_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
@@ -37,4 +39,7 @@ def duration_ms(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d)\s*", text)
     if not match or float(match[1]) <= 0:
         raise typer.BadParameter(f"must be a duration above 0 as 6h, 90min, 30s or 2d, got {text!r}")
-    return round(float(match[1]) * _UNIT_MS[match[2]])
+    ms = float(match[1]) * _UNIT_MS[match[2]]
+    if ms > DURATION_MS_MAX:
+        raise typer.BadParameter(f"must be at most {DURATION_MS_MAX // _UNIT_MS['d']:,} days, got {text!r}")
+    return round(ms)

@@ -26,7 +26,6 @@ def measure(devices: int, repeats: int, processes: int, say: Say) -> Report:
         for sent in traffic.first_sight(system.now_ms(), APPEND_PINGS):
             system.append(squeezed(sent.pings, place.lat, place.lng))
         system.wait_done()
-        system.trim_logs()
         owed = _all_ids(traffic)
         say(f"{devices:,} devices known")
         for repeat in range(repeats):

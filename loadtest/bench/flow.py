@@ -62,7 +62,6 @@ def measure(
             say(f"{rates[-1] / 1e6:.2f} M pings/s; cores: flow {cores['flow']:.2f}, server {cores['server']:.2f}")
             _compare(report, repeat, owed, told_pairs(system))
             ids_pushed += owed.total()
-            system.trim_logs()
             system.trim_queues()
         system.check_totals(report, id_count + ids_pushed)
         memory_bytes = system.memory_bytes()

@@ -23,6 +23,8 @@ STEPS_PER_S = 40
 BETWEEN_S = 0.3
 FIRST_PUSH_TIMEOUT_S = 10.0
 RING_KM = 100.0
+CHECKPOINT_INTERVAL_S = 20
+"""Logs are kept for about two intervals, and the machine's memory has to hold that."""
 
 
 def measure(devices: int, rate: float, alert_count: int, processes: int, say: Say) -> Report:
@@ -34,7 +36,7 @@ def measure(devices: int, rate: float, alert_count: int, processes: int, say: Sa
     round_s = pool_pings / rate
     latency_ms: list[float] = []
     lag_ms: list[float] = []
-    with live_system(traffic.settings(SHARD_COUNT), processes) as system:
+    with live_system(traffic.settings(SHARD_COUNT), processes, CHECKPOINT_INTERVAL_S) as system:
         warm_up(system, traffic, [], None, say)
         places = [active.alert for active in active_alerts(traffic.world, alert_count, system.now_ms())]
         first_ping = traffic.world.ping_count
@@ -50,7 +52,6 @@ def measure(devices: int, rate: float, alert_count: int, processes: int, say: Sa
                     latency_ms.append(_publish(system, watcher, place))
                     lag_ms.append(system.lag_ms())
                     time.sleep(BETWEEN_S)
-                    system.trim_logs()
                     system.trim_queues()
                 seconds = time.monotonic() - started_s
                 achieved = (sender.progress.sent - sent_before) / seconds
@@ -88,6 +89,7 @@ def measure(devices: int, rate: float, alert_count: int, processes: int, say: Sa
         "shards": SHARD_COUNT,
         "batch_pings": max(1, step // SHARD_COUNT),
         "appendfsync": fsync,
+        "checkpoint_interval_s": CHECKPOINT_INTERVAL_S,
     }
     report.series["latency"] = {"latency_ms": [round(value, 3) for value in latency_ms]}
     report.notes.append(
@@ -109,7 +111,6 @@ def _let_pass(system: LiveSystem, sender: Sender, pings: int, round_s: float) ->
         if time.monotonic() > deadline_s:
             raise RuntimeError("the sender does not get on")
         time.sleep(0.25)
-        system.trim_logs()
         system.trim_queues()
 
 

@@ -6,6 +6,7 @@ append ──> log:{s} ──> flow process(es), `tuanyuan run --shards ...` ─
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +29,6 @@ from flows.log import (
     LogWriter,
     done_key,
     ensure_settings,
-    format_id,
     last_id,
     log_key,
     parse_id,
@@ -49,6 +49,8 @@ APPEND_PINGS = 125_000
 START_TIMEOUT_S = 60.0
 DONE_TIMEOUT_S = 600.0
 POLL_S = 0.005
+CHECKPOINT_INTERVAL_S = 60
+"""As `tuanyuan run` has it."""
 STATS_TIMEOUT_S = 10.0
 MEMORY_SHARE = 0.6
 """Of the machine's memory that the server may use: the flow needs the rest."""
@@ -60,7 +62,9 @@ Told = tuple[str, str, str]
 class LiveSystem:
     """The server and the flow. Made by `live_system`."""
 
-    def __init__(self, server: EmbeddedServer, folder: Path, settings: Settings, process_count: int) -> None:
+    def __init__(
+        self, server: EmbeddedServer, folder: Path, settings: Settings, process_count: int, checkpoint_interval_s: int
+    ) -> None:
         self.server = server
         self.client = connect(server.url)
         self.settings = ensure_settings(self.client, settings)
@@ -69,6 +73,7 @@ class LiveSystem:
         """Appended so far."""
         self._folder = folder
         self._process_count = process_count
+        self._environment = {**os.environ, "TUANYUAN_CHECKPOINT_INTERVAL_S": str(checkpoint_interval_s)}
         self._flows: list[subprocess.Popen[bytes]] = []
         self._writer = LogWriter(link_opener(self.client), self.settings)
 
@@ -83,29 +88,24 @@ class LiveSystem:
         count = self.settings.shard_count
         for index in range(self._process_count):
             first, last = index * count // self._process_count, (index + 1) * count // self._process_count - 1
-            command = ["run", "--valkey", self.server.url, "--quiet", "--shards", f"{first}-{last}"]
+            where = ["--valkey", self.server.url, "--var", str(self._folder), "--shards", f"{first}-{last}"]
             with (self._folder / f"run-{index}.log").open("wb") as log:
                 self._flows.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "tuanyuan.cli", *command],
+                        [sys.executable, "-m", "tuanyuan.cli", "run", *where, "--quiet"],
                         stdout=log,
                         stderr=log,
                         start_new_session=True,
+                        env=self._environment,
                     )
                 )
         self.wait_until(lambda: self.stats().process_count >= self._process_count, START_TIMEOUT_S, "flow is up")
 
     def stop(self) -> None:
-        """End the flow processes and close what is open."""
-        self.thaw()
+        """End the flow processes and close what is open. Killed: a clean end would write checkpoints for nobody."""
         for flow in self._flows:
-            flow.terminate()
-        for flow in self._flows:
-            try:
-                flow.wait(20)
-            except subprocess.TimeoutExpired:
-                flow.kill()
-                flow.wait()
+            flow.kill()
+            flow.wait()
         self._writer.close()
         self.client.close()
 
@@ -190,12 +190,6 @@ class LiveSystem:
             poll_s,
         )
 
-    def trim_logs(self) -> None:
-        """Drop what is done, as a trim behind checkpoints does: memory would not hold the log of a long run."""
-        for shard, done in zip(self.shards, self.done(), strict=True):
-            if done != FIRST:
-                self.client.xtrim(log_key(shard), minid=format_id(done), approximate=False)
-
     # --- queues -------------------------------------------------------------------------------------------------------
 
     def queues(self) -> Iterator[tuple[str, str]]:
@@ -250,14 +244,16 @@ class LiveSystem:
 
 
 @contextmanager
-def live_system(settings: Settings, process_count: int = 1) -> Iterator[LiveSystem]:
+def live_system(
+    settings: Settings, process_count: int = 1, checkpoint_interval_s: int = CHECKPOINT_INTERVAL_S
+) -> Iterator[LiveSystem]:
     """A server and a flow of so many processes, under a temporary folder; gone afterwards."""
     memory_bytes_max = round(psutil.virtual_memory().total * MEMORY_SHARE)
     with (
         tempfile.TemporaryDirectory(prefix="tuanyuan-bench-") as folder,
         EmbeddedServer.start(Path(folder) / "valkey", port=None, memory_bytes_max=memory_bytes_max) as server,
     ):
-        system = LiveSystem(server, Path(folder), settings, process_count)
+        system = LiveSystem(server, Path(folder), settings, process_count, checkpoint_interval_s)
         try:
             system.start()
             yield system
@@ -309,7 +305,6 @@ def warm_up(
             if expected is not None:
                 expected.apply(sent)
         system.wait_done()
-        system.trim_logs()
         say(f"{traffic.phone_count:,} devices known after {time.monotonic() - started_s:.0f} s")
         if alerts:
             system.publish(active.alert for active in alerts)
@@ -322,7 +317,6 @@ def warm_up(
             if expected is not None:
                 expected_count += len(expected.apply(sent)[0])
         system.wait_done()
-    system.trim_logs()
     system.trim_queues()
     say(f"settled after {time.monotonic() - started_s:.0f} s")
     return expected_count

@@ -232,7 +232,7 @@ def test_a_run_that_fails_keeps_what_stood_there_and_leaves_no_half_of_a_file(
 ) -> None:
     assert ran
     assert (folder / "kept.jsonl").read_text() == "kept\n"
-    assert not [path for path in folder.rglob(".*")]
+    assert not list(folder.rglob(".*"))
 
 
 def test_the_readmes_example_runs_as_it_stands(tmp_path: Path, folder: Path) -> None:
@@ -257,34 +257,29 @@ def test_the_readmes_example_runs_as_it_stands(tmp_path: Path, folder: Path) -> 
     )
 
 
-# ---- known faults: each mark goes when its fault does
+# ---- faults of old
 
 
-@pytest.mark.xfail(strict=True, reason="--out may name an input, which is then lost")
 def test_a_result_never_replaces_its_own_input(folder: Path, ran: dict[str, Ran]) -> None:
     assert (ran["over its pings"].code, ran["over its alerts"].code) == (2, 2)
     assert (folder / "mine.csv").read_text() == PINGS
     assert (folder / "mine.jsonl").read_text() == ALERTS
 
 
-@pytest.mark.xfail(strict=True, reason="zlib.error is no OSError: a traceback")
 def test_a_gzip_file_that_is_damaged_in_the_middle_is_refused(ran: dict[str, Ran]) -> None:
     assert ran["damaged gzip"].code == 2
     assert ran["damaged gzip"].error.startswith("damaged.csv.gz: after line ")
 
 
-@pytest.mark.xfail(strict=True, reason="a window beyond 2^63 ms ends in a traceback")
 def test_a_live_window_of_ages_is_refused_or_works(ran: dict[str, Ran]) -> None:
     assert "Traceback" not in ran["window of ages"].err
     assert ran["window of ages"].code in (0, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the message of a first row from the future shows the unset clock")
 def test_a_first_row_from_the_future_is_named_with_a_time_that_means_something(ran: dict[str, Ran]) -> None:
     assert "future.csv:2: " in ran["first row from the future"].err
     assert str(-(1 << 63)) not in ran["first row from the future"].err
 
 
-@pytest.mark.xfail(strict=True, reason="the byte order mark that Windows writes is refused in an alert file")
 def test_a_byte_order_mark_is_no_part_of_the_first_alert_event(folder: Path, ran: dict[str, Ran]) -> None:
     assert (ran["byte order mark"].code, result(folder, ran["byte order mark"])) == (0, PUSHES)

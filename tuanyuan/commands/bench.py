@@ -137,7 +137,7 @@ def _sustained(wanted: Wanted) -> Report:
     from loadtest.bench import sustained
 
     rates = [wanted.rate] if wanted.rate else [100_000.0] if wanted.smoke else CLIMB_PINGS_PER_S
-    seconds = wanted.seconds or wanted.chosen(120.0, 2.0)
+    seconds = wanted.seconds or wanted.chosen(120.0, 1.5)
     return sustained.measure(
         wanted.size(10 * MILLION, 20_000), seconds, min(10.0, seconds), wanted.processes, note, rates
     )
@@ -160,7 +160,7 @@ def _latency(wanted: Wanted) -> Report:
     from loadtest.bench import latency
 
     alerts = round(wanted.seconds / LATENCY_S_PER_ALERT) if wanted.seconds else int(wanted.chosen(100, 4))
-    rate = wanted.rate or wanted.chosen(2e6, 50_000)
+    rate = wanted.rate or wanted.chosen(2e6, 100_000)
     return latency.measure(wanted.size(10 * MILLION, 20_000), rate, max(1, alerts), wanted.processes, note)
 
 
@@ -179,7 +179,7 @@ def _coldstart(wanted: Wanted) -> Report:
 def _idle(wanted: Wanted) -> Report:
     from loadtest.bench import idle
 
-    return idle.measure(wanted.seconds or wanted.chosen(20.0, 2.0), wanted.processes, note)
+    return idle.measure(wanted.seconds or wanted.chosen(20.0, 1.5), wanted.processes, note)
 
 
 def _peers(wanted: Wanted) -> Report:

@@ -50,6 +50,8 @@ def match(
     for path, what in ((pings, "pings"), (alerts, "alerts")):
         if not path.is_file():
             fail(f"--{what}: no such file: {path}", EXIT_USAGE)
+        if out.exists() and out.samefile(path):
+            fail(f"--out: {out} is --{what} itself, which would be lost", EXIT_USAGE)
     try:
         collected, set_aside = _run(pings, alerts, settings, batch_rows)
     except (UnreadableFile, OSError) as problem:

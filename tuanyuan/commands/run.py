@@ -50,7 +50,7 @@ def run(
         int | None, typer.Option(help="TCP port of the embedded server on 127.0.0.1. Default: a free one.")
     ] = None,
     checkpoint_interval: Annotated[
-        int | None, typer.Option(help="Seconds between two checkpoints of a shard; 0: none. Default: 60.")
+        float | None, typer.Option(help="Seconds between two checkpoints of a shard; 0: none. Default: 60.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No status lines.")] = False,
 ) -> None:
