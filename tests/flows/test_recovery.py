@@ -1,288 +1,4 @@
-"""Flows that die, start again, and start elsewhere: the queues hold what one machine without any of that would write.
-
-Each story ends with two accounts. The queues are compared, entry by entry and id by id, with what a fresh machine makes
-of the log; and `flows.audit`, which knows nothing of machines, finds nothing missed, extra or doubled.
-"""
-
-from __future__ import annotations
-
-import random
-import shutil
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, cast
-
-import pytest
-import redis
-
-from flows.audit import OwedPush, compare
-from flows.checkpoints import CheckpointStore
-from flows.desk import Desk, DeskAnswer, Relay
-from flows.log import (
-    LogId,
-    LogWriter,
-    RawEntry,
-    done_key,
-    ensure_settings,
-    format_id,
-    last_id,
-    log_key,
-    parse_id,
-    push_key,
-    read_settings,
-    trimmed_key,
-)
-from flows.match import Entry, decode, step
-from flows.metrics import read_stats
-from flows.queues import push_id
-from flows.server import EmbeddedServer, connect, link_opener
-from flows.wire import PingColumns, decode_entry, decode_push, encode_push, screen_pings
-from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Settings
-from geoindex.shard import ShardMachine
-from tests.flows.forked_flow import CRASHES, ForkedFlow
-from tests.flows.waiting import eventually
-from tests.geoindex.machines import batch_of
-from tests.reference.events import DEGREE_E7, PingEvent
-from tuanyuan.console import EXIT_REFUSED
-
-PARTNERS = ("amap", "baidu")
-SHARD_COUNT = 4
-HOME_LAT, HOME_LNG = 30.0, 114.0
-KM = 1 / 111.19508
-"""Degrees of latitude."""
-OFTEN = {"checkpoint_interval_s": 0.2}
-KEEPING = OFTEN | {"trim_logs": False}
-
-QueueEntries = list[tuple[bytes, dict[bytes, bytes]]]
-
-
-def crowd(seed: int, count: int, observed_at_ms: int) -> list[PingEvent]:
-    """Phones all over the rings; the same phones for every seed, elsewhere."""
-    places = random.Random(seed)
-    return [
-        PingEvent(
-            PARTNERS[number % 2],
-            f"phone-{number:0{3 + number % 40}d}",
-            round((HOME_LAT + places.uniform(-7, 7) * KM) * DEGREE_E7),
-            round((HOME_LNG + places.uniform(-8, 8) * KM) * DEGREE_E7),
-            observed_at_ms,
-        )
-        for number in range(count)
-    ]
-
-
-def growing_alert(alert_id: str, since_ms: int, step_s: float, east_km: float = 0.0) -> Alert:
-    """Rings of 1, 2, 3 and 5 km."""
-    hours = [number * step_s * 1000 / HOUR_MS for number in (1, 2, 3)]
-    schedule = ((hours[0], 1.0), (hours[1], 2.0), (hours[2], 3.0), (None, 5.0))
-    lng = HOME_LNG + east_km * KM
-    return Alert(alert_id, 1, HOME_LAT, lng, since_ms, schedule, since_ms + DEFAULT_EXPIRY_MS)
-
-
-class Sender(threading.Thread):
-    """A crowd that pings all the time."""
-
-    def __init__(self, url: str, settings: Settings) -> None:
-        super().__init__(daemon=True)
-        self._url, self._settings = url, settings
-        self._ending = threading.Event()
-
-    def run(self) -> None:
-        client = connect(self._url)
-        writer = LogWriter(link_opener(client), self._settings)
-        seed = 0
-        while not self._ending.wait(0.02):
-            seed += 1
-            try:
-                writer.append_pings(batch_of(crowd(seed, 200, round(time.time() * 1000)), PARTNERS))
-            except (redis.ConnectionError, redis.TimeoutError):
-                continue  # the server is down: a ping more or less
-        writer.close()
-        client.close()
-
-    def end(self) -> None:
-        self._ending.set()
-        self.join(10)
-
-
-class LogKeeper(threading.Thread):
-    """Keeps every entry of every log, also of those that are trimmed."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(daemon=True)
-        self.entries: dict[int, QueueEntries] = {shard: [] for shard in range(SHARD_COUNT)}
-        self._client = connect(url)
-        self._ending = threading.Event()
-
-    def run(self) -> None:
-        positions = dict.fromkeys((log_key(shard) for shard in range(SHARD_COUNT)), "0-0")
-        while True:
-            ending = self._ending.is_set()
-            reply = self._client.xread(cast(Any, positions), block=20)
-            for key, entries in cast(Any, reply) or []:
-                name = key.decode()
-                self.entries[int(name[6:-1])] += entries
-                positions[name] = entries[-1][0].decode()
-            if ending and not reply:
-                self._client.close()
-                return
-
-    def end(self) -> dict[int, QueueEntries]:
-        self._ending.set()
-        self.join(10)
-        return self.entries
-
-
-class Stage:
-    """A server of its own, its flows, and the hands that send and publish."""
-
-    def __init__(self, folder: Path, exits: ExitStack) -> None:
-        self.folder = folder
-        self.var = folder / "var"
-        self._exits = exits
-        self._flow_count = 0
-        self.server = exits.enter_context(
-            EmbeddedServer.start(folder / "valkey", port=None, memory_bytes_max=512 << 20)
-        )
-        self.client = connect(self.server.url)
-        exits.callback(self.client.close)
-        self.desk = Desk(self.client)
-        self.settings = ensure_settings(self.client, Settings(shard_count=SHARD_COUNT, partners=PARTNERS, hash_key=11))
-        self.store = CheckpointStore(self.var / "checkpoints", self.settings)
-
-    def flow(self, crash: str | None = None, **options: Any) -> ForkedFlow:
-        self._flow_count += 1
-        flow = ForkedFlow(self.server.url, self.var, self.folder / f"flow-{self._flow_count}.log", crash, **options)
-        self._exits.callback(flow.kill)
-        return flow
-
-    def sender(self) -> Sender:
-        sender = Sender(self.server.url, self.settings)
-        sender.start()
-        self._exits.callback(sender.end)
-        return sender
-
-    def send(self, pings: list[PingEvent]) -> None:
-        writer = LogWriter(link_opener(self.client), self.settings)
-        writer.append_pings(batch_of(pings, PARTNERS))
-        writer.close()
-
-    def publish(self, alert: Alert) -> None:
-        self.to_the_logs(self.desk.publish(alert))
-
-    def to_the_logs(self, answer: DeskAnswer) -> None:
-        Relay(self.client).copy_pending()
-        assert self.desk.wait_copied(answer.desk_id, 5.0)
-
-    def settle(self) -> None:
-        """Until all that stands in the logs now is done."""
-        heads = {shard: last_id(self.client, log_key(shard)) for shard in range(SHARD_COUNT)}
-        eventually(lambda: all(self.done(shard) >= head for shard, head in heads.items()), timeout_s=20)
-
-    def done(self, shard: int) -> LogId:
-        raw = cast("bytes | None", self.client.get(done_key(shard)))
-        return parse_id(raw) if raw else (0, 0)
-
-    def trimmed(self, shard: int) -> LogId:
-        raw = cast("bytes | None", self.client.get(trimmed_key(shard)))
-        return parse_id(raw) if raw else (0, 0)
-
-    def positions(self, shard: int) -> list[LogId]:
-        """Of the shard's final checkpoints, the newest first."""
-        return [checkpoint.position for checkpoint in self.store.finals(shard)]
-
-    def wait_for_checkpoints(self, count: int = 1) -> None:
-        """Until every shard has `count` new final ones."""
-        for _ in range(count):
-            before = {shard: self.positions(shard)[:1] for shard in range(SHARD_COUNT)}
-            eventually(lambda: all(self.positions(shard)[:1] != before[shard] for shard in before), timeout_s=20)
-
-    def logs(self) -> dict[int, QueueEntries]:
-        return {shard: cast(QueueEntries, self.client.xrange(log_key(shard))) for shard in range(SHARD_COUNT)}
-
-    def queues(self) -> dict[str, QueueEntries]:
-        keys = [push_key(shard, partner) for shard in range(SHARD_COUNT) for partner in PARTNERS]
-        return {key: cast(QueueEntries, self.client.xrange(key)) for key in keys}
-
-    def check(self, logs: dict[int, QueueEntries] | None = None, pushes_min: int = 100) -> None:
-        """Both accounts. `logs`: with what was trimmed away."""
-        logs = self.logs() if logs is None else logs
-        queues = self.queues()
-        assert queues == queues_of(logs)
-        result = compare(owed_by(logs), told_in(queues))
-        assert result.clean, (result.line(), result.missed[:5], result.extra[:5], result.duplicate[:5])
-        assert result.pushes >= pushes_min
-
-    def live_alert(self, alert_id: str, life: Callable[[], None]) -> None:
-        """Publish an alert whose ring grows during `life`, then close it."""
-        self.publish(growing_alert(alert_id, self.desk.now_ms(), 0.15, len(alert_id)))
-        life()
-        self.to_the_logs(self.desk.close(alert_id, "found"))
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Stage]:
-    with ExitStack() as exits:
-        yield Stage(folder, exits)
-
-
-# ---- accounts
-
-
-def queues_of(logs: dict[int, QueueEntries]) -> dict[str, QueueEntries]:
-    """What one machine a shard, fed from the first entry to the last, puts into the queues."""
-    queues: dict[str, QueueEntries] = {
-        push_key(shard, partner): [] for shard in range(SHARD_COUNT) for partner in PARTNERS
-    }
-    for shard, entries in logs.items():
-        machine = ShardMachine()
-        for raw_id, fields in entries:
-            ((kind, payload),) = fields.items()
-            log_id = parse_id(raw_id)
-            entry = decode(RawEntry(shard, *log_id, kind, payload, ""))
-            assert isinstance(entry, Entry)
-            numbers: dict[str, int] = defaultdict(int)
-            for push in step(machine, entry).pushes:
-                key = push_key(shard, PARTNERS[push.partner])
-                numbers[key] += 1
-                entry_id = format_id(push_id(log_id, numbers[key])).encode()
-                queues[key].append((entry_id, {push.kind.encode(): encode_push(push)}))
-    return queues
-
-
-def owed_by(logs: dict[int, QueueEntries]) -> list[OwedPush]:
-    from flows.audit import OwedPushes
-
-    pushes: list[OwedPush] = []
-    for entries in logs.values():
-        audit = OwedPushes()
-        for raw_id, fields in entries:
-            ((kind, payload),) = fields.items()
-            entry = decode_entry(kind, payload)
-            if isinstance(entry, PingColumns):
-                entry, _ = screen_pings(entry, len(PARTNERS))
-            audit.apply(parse_id(raw_id)[0], entry)
-        pushes += audit.pushes
-    return pushes
-
-
-def told_in(queues: dict[str, QueueEntries]) -> list[OwedPush]:
-    told: list[OwedPush] = []
-    for key, entries in queues.items():
-        for _, fields in entries:
-            push = decode_push(next(iter(fields.values())))
-            partner = key.rpartition(":")[2]
-            told += [
-                OwedPush(push.kind, push.alert_id, push.revision, partner, device_id) for device_id in push.device_ids
-            ]
-    return told
-
-
-# ---- stories
+# ---- a flow that dies
 
 
 @pytest.mark.parametrize("crash", CRASHES)
@@ -299,3 +15,184 @@ def test_a_flow_that_is_killed(crash: str, tmp_path: Path) -> None:
         stage.settle()
         assert flow.stop() == 0, flow.said
         stage.check(pushes_min=500)
+
+
+def test_flows_that_are_killed_while_logs_are_trimmed_behind_them(tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        keeper = LogKeeper(stage.server.url)
+        keeper.start()
+        sender = stage.sender()
+        flow = stage.flow(**OFTEN)
+        for life in range(3):
+            stage.live_alert(f"{life}", lambda: stage.wait_for_checkpoints(2))
+            flow.kill()
+            flow = stage.flow(**OFTEN)
+        sender.end()
+        stage.settle()
+        assert flow.stop() == 0, flow.said
+        for shard in range(SHARD_COUNT):
+            newest, older = stage.positions(shard)
+            assert stage.trimmed(shard) < older < newest == last_id(stage.client, log_key(shard)) == stage.done(shard)
+            # All of it is gone, and nothing else: the older checkpoint's own entry is the first that is left.
+            ((first, _),) = cast(QueueEntries, stage.client.xrange(log_key(shard), count=1))
+            assert parse_id(first) == older
+        logs = keeper.end()
+        assert sum(map(len, logs.values())) > 2 * sum(map(len, stage.logs().values()))
+        stage.check(logs, pushes_min=500)
+
+
+def test_a_clean_stop_leaves_a_checkpoint_and_nothing_to_replay(tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        flow = stage.flow(checkpoint_interval_s=600.0)
+        stage.send(crowd(1, 300, stage.desk.now_ms()))
+        stage.live_alert("a", lambda: time.sleep(0.2))
+        stage.settle()
+        assert flow.stop() == 0
+        heads = [last_id(stage.client, log_key(shard)) for shard in range(SHARD_COUNT)]
+        assert [stage.positions(shard) for shard in range(SHARD_COUNT)] == [[head] for head in heads]
+        logs, queues = stage.logs(), stage.queues()
+        # Its whole past is gone; so whatever it writes from now on comes from the checkpoint alone.
+        for shard in range(SHARD_COUNT):
+            stage.client.xtrim(log_key(shard), minid=format_id(heads[shard]), approximate=False)
+        flow = stage.flow(checkpoint_interval_s=600.0)
+        stage.live_alert("b", lambda: time.sleep(0.2))
+        stage.settle()
+        assert flow.stop() == 0
+        assert "warning" not in flow.said.lower()
+        added = {shard: stage.logs()[shard][1:] for shard in range(SHARD_COUNT)}
+        stage.check({shard: logs[shard] + added[shard] for shard in logs})
+        assert stage.queues() != queues
+
+
+def test_a_ring_that_grew_while_no_flow_ran_tells_whom_it_reached_then(tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        since_ms = stage.desk.now_ms()
+        stage.send(
+            [PingEvent("amap", "two", round((HOME_LAT + 1.5 * KM) * DEGREE_E7), round(HOME_LNG * DEGREE_E7), since_ms)]
+        )
+        flow = stage.flow(checkpoint_interval_s=600.0)
+        stage.publish(growing_alert("a", since_ms, 0.4))
+        stage.settle()
+        flow.kill() if stage.desk.now_ms() > since_ms + 400 else flow.stop()
+        time.sleep(max(0.0, (since_ms + 900 - stage.desk.now_ms()) / 1000))
+        flow = stage.flow(checkpoint_interval_s=600.0)
+        eventually(lambda: told_in(stage.queues()), timeout_s=10)
+        flow.stop()
+        ((_, fields),) = [entry for entries in stage.queues().values() for entry in entries]
+        push = decode_push(fields[b"alert"])
+        assert (push.device_ids, push.ring_km, push.at_ms) == (("two",), 2.0, since_ms + 400)
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        [["0-3"], ["0-1", "2-3"], ["0", "1", "2", "3"], ["0-3"]],
+        [["0-3", "0-3"], ["0-2", "1-3"]],
+    ],
+    ids=["1, 2, 4, 1 processes", "two for the same shards, by mistake"],
+)
+def test_other_processes_than_before_go_on_from_the_same_checkpoints(splits: list[list[str]], tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        sender = stage.sender()
+        stage.publish(growing_alert("all along", stage.desk.now_ms(), 0.3))
+        for number, split in enumerate(splits):
+            flows = [stage.flow(shards=shards, **KEEPING) for shards in split]
+            stage.live_alert(str(number), stage.wait_for_checkpoints)
+            if number == len(splits) - 1:
+                stage.to_the_logs(stage.desk.close("all along", "found"))
+                sender.end()
+                stage.settle()
+            for flow in flows:
+                if number % 2:
+                    flow.kill()
+                else:
+                    assert flow.stop() == 0, flow.said
+        stage.check(pushes_min=500)
+
+
+# ---- checkpoints that cannot be used
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Iterator[Stage]:
+    """A deployment that has stopped, with two checkpoints a shard, some pushes, and whole logs."""
+    with staged(tmp_path) as stage:
+        flow = stage.flow(**KEEPING)
+        stage.send(crowd(1, 300, stage.desk.now_ms()))
+        stage.publish(growing_alert("a", stage.desk.now_ms(), 0.1))
+        stage.wait_for_checkpoints(2)
+        assert flow.stop() == 0, flow.said
+        yield stage
+
+
+def flip_a_byte(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) * 2 // 3] ^= 0x10
+    path.write_bytes(raw)
+
+
+def go_on(stage: Stage) -> ForkedFlow:
+    """A flow that starts, tells the end of the alert, and stops."""
+    flow = stage.flow(checkpoint_interval_s=600.0, trim_logs=False)
+    stage.to_the_logs(stage.desk.close("a", "found"))
+    stage.settle()
+    assert flow.stop() == 0, flow.said
+    return flow
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_passed_over_for_the_one_before(stopped: Stage) -> None:
+    damaged, good = stopped.store.finals(2)
+    flip_a_byte(damaged.path)
+    flow = go_on(stopped)
+    assert f"shard 2: a checkpoint cannot be used: {damaged.path}: column " in flow.said
+    assert f"shard 2: reads its log from a checkpoint, behind {format_id(good.position)}" in flow.said
+    assert damaged.path not in [checkpoint.path for checkpoint in stopped.store.finals(2)]
+    stopped.check()
+
+
+def test_without_a_usable_checkpoint_a_whole_log_is_read_from_its_beginning(stopped: Stage) -> None:
+    for checkpoint in stopped.store.finals(1):
+        flip_a_byte(checkpoint.path)
+    for checkpoint in stopped.store.finals(3):
+        checkpoint.path.unlink()
+    flow = go_on(stopped)
+    assert flow.said.count("cannot be used") == 2
+    stopped.check()
+
+
+def test_a_deleted_folder_and_a_trimmed_log_are_refused_by_name(stopped: Stage) -> None:
+    trimming = stopped.flow(**OFTEN)
+    eventually(lambda: all(stopped.trimmed(shard) > (0, 0) for shard in range(SHARD_COUNT)), timeout_s=20)
+    trimming.stop()
+    shutil.rmtree(stopped.var / "checkpoints")
+    queues = stopped.queues()
+    flow = stopped.flow(**OFTEN)
+    assert flow.wait() == EXIT_REFUSED
+    assert "refused: shard 0 cannot be started: there is no checkpoint" in flow.said
+    assert f"its log was trimmed up to {format_id(stopped.trimmed(0))}" in flow.said
+    assert stopped.queues() == queues
+
+
+def test_a_log_that_lost_its_tail_is_read_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+    with staged(tmp_path) as stage:
+        flow = stage.flow(checkpoint_interval_s=600.0)
+        stage.send(crowd(1, 300, stage.desk.now_ms()))
+        stage.publish(growing_alert("a", stage.desk.now_ms(), 0.1))
+        stage.settle()
+        assert flow.stop() == 0
+        (file,) = (tmp_path / "valkey" / "appendonlydir").glob("*.incr.aof")
+        whole_bytes = file.stat().st_size
+        flow = stage.flow(checkpoint_interval_s=600.0)
+        stage.send(crowd(2, 300, stage.desk.now_ms()))
+        stage.settle()
+        assert flow.stop() == 0
+        lost = [stage.positions(shard)[0] for shard in range(SHARD_COUNT)]
+        stage.server.close()
+        with file.open("ab") as opened:
+            opened.truncate(whole_bytes + 11)  # in the middle of an entry
+        with EmbeddedServer.start(tmp_path / "valkey", port=None, memory_bytes_max=512 << 20):
+            assert all(last_id(stage.client, log_key(shard)) < lost[shard] for shard in range(SHARD_COUNT))
+            stage.send(crowd(3, 300, stage.desk.now_ms()))
+            flow = go_on(stage)
+            assert flow.said.count("the log has lost its tail") == SHARD_COUNT
+            stage.check()
