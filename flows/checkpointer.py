@@ -292,6 +292,10 @@ class Checkpointer:
         for written in unfinished:
             self._store.give_up(written)
 
+    def is_done(self) -> bool:
+        """Whether `done` has come to the last entry of every machine here."""
+        return all(lane.seat is None or lane.done >= lane.seat.raw.log_id for lane in self._lanes.values())
+
     def finish(self) -> None:
         """The last checkpoint of every shard, behind its last entry, after `stop`: no entry will come any more.
 
@@ -343,8 +347,10 @@ class Checkpointer:
                 for ready_shard in ready:
                     self._settle(ready_shard)
                 if pause_s <= 0:
-                    self._lanes[shard].due_s = time.monotonic() + self._checkpoint(shard)
-                    self._trim(shard)
+                    lane = self._lanes[shard]
+                    lane.due_s = time.monotonic() + self._checkpoint(shard)
+                    if lane.seat is not None:
+                        self._trim(shard)
         except BaseException as error:
             logger.exception("checkpoints have failed")
             with self._changed:
@@ -473,12 +479,13 @@ class Checkpointer:
         first = connection.xrange(log_key(shard), count=1)
         if not first or not finals:
             return None
-        seconds, _ = connection.time()
-        kept_from_ms = seconds * 1000 - self._keep_ms
+        seconds, microseconds = connection.time()
+        now_ms = seconds * 1000 + microseconds // 1000
+        kept_from_ms = now_ms - self._keep_ms
         cut = finals[1] if len(finals) > 1 else parse_id(first[0][0])
         if cut[0] < kept_from_ms:
             cut = finals[0]
-        self._metrics.gauge("log_kept_ms", max(0, seconds * 1000 - cut[0]), shard=str(shard))
+        self._metrics.gauge("log_kept_ms", max(0, now_ms - cut[0]), shard=str(shard))
         if cut[0] < kept_from_ms:
             logger.error("shard %d: raw pings are kept for too long: no checkpoint since %s", shard, format_id(cut))
         present = connection.xrange(log_key(shard), min=format_id(cut), max=format_id(cut))

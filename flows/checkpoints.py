@@ -17,6 +17,7 @@ another's place or a missing end does not pass: every byte is under a checksum t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -35,9 +36,8 @@ import msgpack
 import numpy as np
 
 from flows.log import LogId, format_id, parse_id
-from flows.wire import SETTINGS, decode_entry, encode_entry
 from geoindex.columns import U8
-from geoindex.entries import AlertRevision, Settings
+from geoindex.entries import Alert, Settings
 from geoindex.shard import SettingsRefused, ShardCounters, ShardMachine
 from geoindex.snapshot import AlertState, Column, Columns, Fill, MachineState, fits, put
 
@@ -330,31 +330,20 @@ class _Reader:
 
 
 def _pack_header(shard: int, position: LogId, state: MachineState, columns: Columns) -> bytes:
-    settings = None if state.settings is None else encode_entry(state.settings)[1]
-    counters = state.counters
     fields = {
         "version": CHECKPOINT_VERSION,
         "shard": shard,
         "position": position,
-        "settings": settings,
+        "settings": None if state.settings is None else _fields(state.settings),
         "clock_ms": state.clock_ms,
         "sweep_due_ms": state.sweep_due_ms,
         "last_desk_id": state.last_desk_id,
         "closed": state.closed,
-        "alerts": [
-            (
-                encode_entry(AlertRevision("publish", alert.alert, (0, 0)))[1],
-                alert.slot,
-                alert.ring_km,
-                alert.covered,
-                alert.due_ms,
-            )
-            for alert in state.alerts
-        ],
+        "alerts": [_fields(alert) | {"alert": _fields(alert.alert)} for alert in state.alerts],
         "alert_slot_count": state.alert_slot_count,
         "told_words": state.told_words,
         "table_counts": state.table_counts,
-        "counters": {name: getattr(counters, name) for name in ShardCounters.__dataclass_fields__},
+        "counters": _fields(state.counters),
         "columns": [(name, _pack_dtype(column.dtype), len(column)) for name, column in columns.items()],
     }
     return cast(bytes, msgpack.packb(fields))
@@ -362,25 +351,33 @@ def _pack_header(shard: int, position: LogId, state: MachineState, columns: Colu
 
 def _unpack_state(fields: Mapping[str, Any]) -> MachineState:
     """Raises KeyError, TypeError or ValueError for what a program of another version wrote."""
-    settings = None if fields["settings"] is None else decode_entry(SETTINGS, fields["settings"])
-    assert settings is None or isinstance(settings, Settings), "settings decode to settings"
-    alerts = []
-    for payload, slot, ring_km, covered, due_ms in fields["alerts"]:
-        revision = decode_entry(b"publish", payload)
-        assert isinstance(revision, AlertRevision), "an alert decodes to a revision"
-        alerts.append(AlertState(revision.alert, slot, ring_km, covered, due_ms))
+    alerts = (_tuples(alert) | {"alert": Alert(**_tuples(alert["alert"]))} for alert in fields["alerts"])
     return MachineState(
-        settings=settings,
+        settings=None if fields["settings"] is None else Settings(**_tuples(fields["settings"])),
         clock_ms=fields["clock_ms"],
         sweep_due_ms=fields["sweep_due_ms"],
-        last_desk_id=(fields["last_desk_id"][0], fields["last_desk_id"][1]),
-        closed=tuple(fields["closed"]),
-        alerts=tuple(alerts),
+        last_desk_id=_tuple(fields["last_desk_id"]),
+        closed=_tuple(fields["closed"]),
+        alerts=tuple(AlertState(**alert) for alert in alerts),
         alert_slot_count=fields["alert_slot_count"],
         told_words=fields["told_words"],
-        table_counts=tuple(fields["table_counts"]),
+        table_counts=_tuple(fields["table_counts"]),
         counters=ShardCounters(**fields["counters"]),
     )
+
+
+def _fields(instance: Any) -> dict[str, Any]:
+    """A dataclass's values by name, not copied."""
+    return {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they were before msgpack made lists of tuples."""
+    return {name: _tuple(value) for name, value in fields.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def _pack_dtype(dtype: np.dtype[Any]) -> object:

@@ -23,6 +23,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import redis
+from bytewax.dataflow import Dataflow
 from bytewax.errors import BytewaxRuntimeError
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from bytewax.outputs import FixedPartitionedSink, StatefulSinkPartition
@@ -46,7 +47,7 @@ from flows.log import (
 )
 from flows.match import Reload, ShardPushes, build_flow, shard_key, shard_of_key
 from flows.metrics import METRICS, Metrics, StatsPublisher
-from flows.queues import PushWriter
+from flows.queues import DoneFollower, PushWriter
 from flows.server import link_opener, worth_a_line
 from geoindex.entries import HOUR_MS, Settings
 from geoindex.shard import SettingsRefused, ShardMachine
@@ -215,7 +216,8 @@ class _QueuePartition(StatefulSinkPartition[ShardPushes, None]):
 class LiveFlow:
     """One flow process against a server that is up. `run` blocks until `stop` is called, from a signal or a thread."""
 
-    def __init__(self, config: FlowConfig, client: redis.Redis, settings: Settings) -> None:
+    def __init__(self, config: FlowConfig, client: redis.Redis, settings: Settings, in_cluster: bool = False) -> None:
+        """`in_cluster`: source, machine and sink of a shard may be in different processes of a Bytewax cluster."""
         self.settings = settings
         self.metrics = METRICS
         self._shards = config.shard_list(settings.shard_count)
@@ -238,7 +240,10 @@ class LiveFlow:
             self.metrics,
             config.trim_logs,
         )
-        self._writer = PushWriter(open_link, self._on_done, self.metrics)
+        self._source = LogSource(self._reader, self._checkpointer, self._shards, self._idle_wait_s, self._stopping)
+        # Who writes the pushes of a shard knows first what is done; in a cluster that may be another process.
+        self._follower = DoneFollower(open_link, self._shards, self._on_done) if in_cluster else None
+        self._writer = PushWriter(open_link, self._on_done if not in_cluster else _nothing, self.metrics)
         self._relay = RelayThread(client, open_link, self.metrics)
         self._stats = StatsPublisher(client, self.metrics, self._set_gauges)
 
@@ -248,38 +253,59 @@ class LiveFlow:
         Raises SettingsRefused if the log's settings are not this program's; LogTooShort if a shard can be started from
         nothing; whatever a broken invariant raises.
         """
-        self._reader.start()
-        self._writer.start()
-        self._checkpointer.start()
-        self._relay.start()
-        self._stats.start()
+        self.start()
         on_ready()
-        source = LogSource(self._reader, self._checkpointer, self._shards, self._idle_wait_s, self._stopping)
-        sink = QueueSink(self._writer, self._shards, self.metrics)
         try:
-            run_main(build_flow(source, sink, self._machine_of, self._checkpointer.after_entry))
-            if source.problem is not None:
-                raise source.problem
-            if not self._writer.drain(10.0):
-                logger.warning("stopped with pushes that the server has not taken; the next start writes them")
-            self._checkpointer.stop()
-            self._checkpointer.finish()
+            run_main(self.dataflow())
+            self.finish()
         except BytewaxRuntimeError as error:
             refusal = _refusal_behind(error)
             if refusal is None:
                 raise
             raise refusal from None
         finally:
-            self._stopping.set()
-            self._relay.stop()
-            self._reader.stop()
-            self._writer.stop()
-            self._checkpointer.stop()
-            self._stats.stop()
+            self.end()
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in (self._reader, self._writer, self._follower, self._checkpointer, self._relay, self._stats):
+            if thread is not None:
+                thread.start()
+
+    def dataflow(self) -> Dataflow:
+        """The dataflow, to be run once, by Bytewax in this process or in a cluster."""
+        sink = QueueSink(self._writer, self._shards, self.metrics)
+        return build_flow(self._source, sink, self._machine_of, self._checkpointer.after_entry)
+
+    def finish(self) -> None:
+        """After a dataflow that ended by itself: the last pushes, then a checkpoint of every shard.
+
+        Raises LogTooShort or SettingsRefused if that was why it ended.
+        """
+        if self._source.problem is not None:
+            raise self._source.problem
+        if not self._writer.drain(10.0):
+            logger.warning("stopped with pushes that the server has not taken; the next start writes them")
+        self._checkpointer.stop()
+        if self._follower is not None:
+            self._follower.wait(self._checkpointer.is_done, 10.0)
+        self._checkpointer.finish()
+
+    def end(self) -> None:
+        """Stop the threads."""
+        self._stopping.set()
+        for thread in (self._relay, self._reader, self._writer, self._follower, self._checkpointer, self._stats):
+            if thread is not None:
+                thread.stop()
 
     def stop(self) -> None:
         """Ask the flow to end: what is in it still goes out. May be called from a signal handler."""
         self._stopping.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the flow was asked to end, or has to."""
+        return self._stopping.is_set()
 
     def _machine_of(self, reload: Reload) -> ShardMachine:
         self._machines.pop(reload.shard, None)
@@ -300,6 +326,10 @@ class LiveFlow:
             self.metrics.gauge("table_memory_bytes", size.memory_bytes, shard=str(shard))
 
 
+def _nothing(_shard: int, _log_id: LogId) -> None:
+    pass
+
+
 def _refusal_behind(error: BaseException | None) -> SettingsRefused | None:
     """What a shard machine raised, in the errors that Bytewax wraps it in."""
     while error is not None and not isinstance(error, SettingsRefused):
@@ -307,8 +337,8 @@ def _refusal_behind(error: BaseException | None) -> SettingsRefused | None:
     return error
 
 
-def open_flow(config: FlowConfig, client: redis.Redis, first_settings: Settings) -> LiveFlow:
-    """A flow on a server; `first_settings` are written if its logs do not exist yet.
+def open_flow(config: FlowConfig, client: redis.Redis, first_settings: Settings, in_cluster: bool = False) -> LiveFlow:
+    """A flow on a server; `first_settings` are written if its logs do not exist yet. `in_cluster`: see `LiveFlow`.
 
     Raises ServerRefused, SettingsMismatch, ValueError (shards that do not exist), redis.RedisError.
     """
@@ -316,4 +346,4 @@ def open_flow(config: FlowConfig, client: redis.Redis, first_settings: Settings)
     settings = read_settings(client)
     if settings is None:
         settings = ensure_settings(client, replace(first_settings, hash_key=secrets.randbits(64)))
-    return LiveFlow(config, client, settings)
+    return LiveFlow(config, client, settings, in_cluster)

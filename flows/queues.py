@@ -376,6 +376,68 @@ class PushWriter:
             logger.warning("pushes wait for the server (try %d): %s", self._link_failures, error)
 
 
+class DoneFollower:
+    """Learns from `done:{s}` what other processes have written. One thread, one link; the shards' keys on one node."""
+
+    def __init__(
+        self,
+        open_link: LinkOpener,
+        shards: Iterable[int],
+        on_done: Callable[[int, LogId], None],
+        interval_s: float = DONE_INTERVAL_S,
+    ) -> None:
+        """`on_done(shard, log_id)` is called from the thread, whenever `done` has moved."""
+        self._open_link = open_link
+        self._shards = list(shards)
+        self._on_done = on_done
+        self._interval_s = interval_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="done-follower", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Stop and wait for the thread's end."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def wait(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Until what `on_done` has been told makes `holds()` true; whether it did within the timeout."""
+        deadline_s = time.monotonic() + timeout_s
+        while not holds():
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(self._interval_s)
+        return True
+
+    def _run(self) -> None:
+        link: Link | None = None
+        told: dict[int, bytes] = {}
+        failures = 0
+        while not self._stopping.wait(self._interval_s if failures == 0 else min(1.0, 0.02 * 2 ** min(failures, 6))):
+            try:
+                link = link or self._open_link()
+                raws = cast("list[bytes | None]", link.ask("MGET", *map(done_key, self._shards)))
+            except (redis.RedisError, ServerRefused) as error:
+                failures += 1
+                if worth_a_line(failures):
+                    logger.warning("`done` cannot be read (try %d): %s", failures, error)
+                if link is not None:
+                    link.close()
+                link = None
+                continue
+            failures = 0
+            for shard, raw in zip(self._shards, raws, strict=True):
+                if raw is not None and told.get(shard) != raw:
+                    told[shard] = raw
+                    self._on_done(shard, parse_id(raw))
+        if link is not None:
+            link.close()
+
+
 def _next_block(waiting: Iterable[_Waiting]) -> list[_Waiting]:
     """The first entries that go into one block: as many as fit, one at least, all of one run of the server."""
     taken: list[_Waiting] = []

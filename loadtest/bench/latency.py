@@ -13,9 +13,9 @@ from flows.server import connect
 from flows.wire import decode_push
 from geoindex.entries import DEFAULT_EXPIRY_MS, DEFAULT_SCHEDULE, Alert
 from loadtest.bench.brute_force import BruteForce, count_bits
-from loadtest.bench.live import APPEND_PINGS, SHARD_COUNT, LiveSystem, live_system, measured_cpu, warm_up
+from loadtest.bench.live import APPEND_PINGS, SHARD_COUNT, LiveSystem, live_system, measured_cpu, server_info, warm_up
 from loadtest.bench.report import Report, Say
-from loadtest.bench.sender import POOL_PINGS_MAX, Sender, sender_process
+from loadtest.bench.sender import POOL_PINGS_MAX, SENDERS, Sender, sender_process
 from loadtest.bench.traffic import ActiveAlert, Traffic, active_alerts
 
 STEPS_PER_S = 40
@@ -64,6 +64,7 @@ def measure(devices: int, rate: float, alert_count: int, processes: int, say: Sa
         for batch in traffic.batches(pool_pings, step, system.now_ms()):
             batch.pings.observed_at_ms[:] = batch.at_ms
             expected.apply(batch)
+        rewrites = int(server_info(system.client, "persistence").get("aof_rewrites", 0))
         stats = system.last_stats()
         report.expect("ids pushed by the flow", count_bits(expected.told), int(stats.total("pushes_total")))
         report.expect("pings refused by the flow", 0, int(stats.total("pings_refused_total")))
@@ -87,8 +88,10 @@ def measure(devices: int, rate: float, alert_count: int, processes: int, say: Sa
         "devices": devices,
         "alerts": alert_count,
         "shards": SHARD_COUNT,
+        "senders": SENDERS,
         "batch_pings": max(1, step // SHARD_COUNT),
         "appendfsync": fsync,
+        "aof_rewrites": rewrites,
         "checkpoint_interval_s": CHECKPOINT_INTERVAL_S,
     }
     report.series["latency"] = {"latency_ms": [round(value, 3) for value in latency_ms]}

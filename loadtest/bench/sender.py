@@ -4,7 +4,7 @@
 
 It draws a pool of pings once and sends them round and round, each observed at the moment it is sent, so that drawing
 takes no time from what is measured. Commands come as JSON lines on stdin, `{"rate": ..., "seconds": ...}`. Answers go
-to stdout as `Progress` in JSON lines: when it is ready, twice a second, and at the end of a command.
+to stdout as `Progress` in JSON lines: when it is ready, four times a second, and at the end of a command.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,11 +22,14 @@ import numpy as np
 import orjson
 
 from flows.log import LogWriter, read_settings
-from flows.server import connect, link_opener
+from flows.server import LinkOpener, connect, link_opener
 from geoindex.columns import PingBatch
+from geoindex.entries import Settings
 from loadtest.bench.traffic import OFFLINE_MS, Traffic
 
-REPORT_S = 0.5
+SENDERS = 4
+"""Connections that append at the same time, as several gateways do: one alone waits for the disk most of the time."""
+REPORT_S = 0.25
 POOL_PINGS_MAX = 20_000_000
 """About a gigabyte."""
 START_TIMEOUT_S = 120.0
@@ -117,36 +121,73 @@ def observed_now(pings: PingBatch, now_ms: int) -> PingBatch:
     return replace(pings, observed_at_ms=np.full(len(pings), now_ms, np.int64))
 
 
+class _Pool:
+    """Batches that several threads send in turn, each at its time; appends of different threads share an fsync."""
+
+    def __init__(self, batches: list[PingBatch], open_link: LinkOpener, settings: Settings) -> None:
+        self.sent = 0
+        self._batches = batches
+        self._taken = 0
+        self._lock = threading.Lock()
+        self._writers = [LogWriter(open_link, settings) for _ in range(SENDERS)]
+
+    def send(self, rate: float, seconds: float) -> None:
+        """Send so many pings a second for so long, going on in the pool where the last call ended."""
+        with ThreadPoolExecutor(SENDERS) as threads:
+            timetable = _Timetable(self._taken, len(self._batches[0]) / rate, time.monotonic(), seconds)
+            running = [threads.submit(self._send_in_turn, writer, timetable) for writer in self._writers]
+            while not all(sender.done() for sender in running):
+                time.sleep(REPORT_S)
+                _answer(Progress(True, self.sent, time.process_time(), False))
+            for sender in running:
+                sender.result()
+
+    def _send_in_turn(self, writer: LogWriter, timetable: _Timetable) -> None:
+        while True:
+            with self._lock:
+                due_s = timetable.due_s(self._taken)
+                if max(due_s, time.monotonic()) >= timetable.end_s:
+                    return
+                batch = self._batches[self._taken % len(self._batches)]
+                self._taken += 1
+            time.sleep(max(0.0, due_s - time.monotonic()))
+            writer.append_pings(observed_now(batch, round(time.time() * 1000)))
+            with self._lock:
+                self.sent += len(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timetable:
+    """When each batch is due, counted from the first one of a command. Moments are monotonic."""
+
+    first: int
+    interval_s: float
+    started_s: float
+    seconds: float
+
+    @property
+    def end_s(self) -> float:
+        return self.started_s + self.seconds
+
+    def due_s(self, position: int) -> float:
+        return self.started_s + (position - self.first) * self.interval_s
+
+
 def main(arguments: list[str]) -> None:
     """The process: draw the pool, then do what stdin says."""
     url = arguments[0]
     phone_count, first_ping, pool_pings, step = (int(argument) for argument in arguments[1:])
     traffic = Traffic(phone_count)
     traffic.world.ping_count = first_ping
-    pool = list(pool_batches(traffic, pool_pings, step))
     client = connect(url)
     settings = read_settings(client)
     assert settings is not None, "the logs begin with settings"
-    writer = LogWriter(link_opener(client), settings)
+    pool = _Pool(list(pool_batches(traffic, pool_pings, step)), link_opener(client), settings)
     _answer(Progress())
-    sent = batch_index = 0
     for line in sys.stdin:
         command = orjson.loads(line)
-        rate, seconds = command["rate"], command["seconds"]
-        before, started_s, report_at_s = sent, time.monotonic(), REPORT_S
-        while (elapsed_s := time.monotonic() - started_s) < seconds:
-            batch = pool[batch_index % len(pool)]
-            early_s = (sent - before) / rate - elapsed_s
-            if early_s > 0:
-                time.sleep(min(early_s, REPORT_S / 2))
-            else:
-                writer.append_pings(observed_now(batch, round(time.time() * 1000)))
-                sent += len(batch)
-                batch_index += 1
-            if elapsed_s >= report_at_s:
-                report_at_s += REPORT_S
-                _answer(Progress(True, sent, time.process_time(), False))
-        _answer(Progress(True, sent, time.process_time(), True))
+        pool.send(command["rate"], command["seconds"])
+        _answer(Progress(True, pool.sent, time.process_time(), True))
 
 
 def _answer(progress: Progress) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from loadtest.bench.brute_force import BruteForce
 from loadtest.bench.live import APPEND_PINGS, SHARD_COUNT, LiveSystem, live_system, measured_cpu, server_info, warm_up
 from loadtest.bench.report import Report, Say
-from loadtest.bench.sender import POOL_PINGS_MAX, Sender, sender_process
+from loadtest.bench.sender import POOL_PINGS_MAX, SENDERS, Sender, sender_process
 from loadtest.bench.traffic import ALERT_COUNT, Traffic, active_alerts
 
 SAMPLE_S = 0.25
@@ -123,6 +123,7 @@ def measure(
         "devices": devices,
         "alerts": alert_count,
         "shards": SHARD_COUNT,
+        "senders": SENDERS,
         "batch_pings": step // SHARD_COUNT,
         "tried_pings_per_s": [round(trial.rate) for trial in trials],
         "kept_up_of_tried": [int(trial.keeps_up) for trial in trials],

@@ -5,6 +5,7 @@ Forked from a process that has every kernel loaded (`multiprocessing`'s fork ser
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -78,6 +79,7 @@ def _run(url: str, var: str, log_path: str, crash: str | None, options: dict[str
     with Path(log_path).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
     if crash is not None:
         CRASHES[crash]()
     client = connect(url)

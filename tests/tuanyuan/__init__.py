@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,15 @@ class Running:
         self._process.wait()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.poll()
+
+    @property
     def out(self) -> str:
         return self._out.read_text()
 
@@ -173,6 +182,13 @@ class Running:
         self._process.send_signal(number)
         code = self._process.wait(STOP_TIMEOUT_S)
         return Ran(self.arguments, code, self.out, self.err)
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, f"did not come true within {timeout_s:g} s"
+        time.sleep(0.02)
 
 
 def compile_kernels(folder: Path) -> None:

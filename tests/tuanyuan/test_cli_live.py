@@ -10,22 +10,17 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flows.server import EmbeddedServer
-from tests.tuanyuan import Ran, Running, compile_kernels, run_all
-
-WAIT_S = 10.0
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline_s, f"did not come true within {WAIT_S:g} s"
-        time.sleep(0.02)
+from flows.log import ensure_settings, log_key, push_key
+from flows.server import EmbeddedServer, connect
+from flows.wire import encode_push
+from geoindex.columns import Push, pack_ids
+from geoindex.entries import Settings
+from tests.tuanyuan import Ran, Running, compile_kernels, run_all, wait_until
 
 
 def pings_file(now_ms: int) -> str:
@@ -51,6 +46,7 @@ OTHER = {
     "expires_at": "2099-05-01",
     "schedule": [[0.5, 1], [None, 2.5]],
 }
+WORDS = {"alert_id": "words", "location": {"lat": 60.0, "lng": 114.0}, "missing_since": 1, "headline": "Girl, 6"}
 PUBLISH = ["alert", "publish", "a17", "--lat", "30", "--lng", "114", "--missing-since", "now"]
 AT_NOW = ["--missing-since", "now"]
 HERE = ["--lat", "30", "--lng", "114"]
@@ -90,6 +86,8 @@ STORY: dict[str, list[str]] = {
     "pull": ["pull", "amap", "--follow", "--max", "3"],
     "pull, nothing left": ["pull", "amap"],
     "pull, other group": ["pull", "amap", "--group", "others", "--max", "3"],
+    "pull, looking": ["pull", "amap", "--group", "lookers", "--no-ack"],
+    "pull, after looking": ["pull", "amap", "--group", "lookers"],
     "pull, one by one, 1": ["pull", "baidu", "--max", "1", "--consumer", "c"],
     "pull, one by one, 2": ["pull", "baidu", "--max", "1", "--consumer", "c"],
     "pull, one by one, rest": ["pull", "baidu", "--consumer", "c"],
@@ -102,7 +100,12 @@ STORY: dict[str, list[str]] = {
     "list, open": ["alert", "list", "--open", "--json"],
     "show, closed": ["alert", "show", "a17", "--json"],
     "world": ["send", "--world", "2000", "--rate", "5000", "--seconds", "2", "--json"],
+    "world, bad seed": ["send", "--world", "10", "--seconds", "1", "--seed", "-1"],
+    "world, too large": ["send", "--world", "5000000000", "--seconds", "1"],
     "world, again": ["send", "--world", "2000", "--rate", "5000", "--seconds", "0.2", "--seed", "7"],
+    "publish, words": ["alert", "publish", "--file", "words.json"],
+    "show, words": ["alert", "show", "words", "--json"],
+    "send, bad partner": ["send", "partner.csv"],
     "pull, new partner": ["pull", "ditu"],
     "health": ["health"],
     "health, json": ["health", "--json", "--lag-max", "30"],
@@ -117,6 +120,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pings.csv").write_text(pings_file(now_ms))
     (folder / "clean.csv").write_text(f"lng,lat,observed_at,device_id\n114,45,{now_ms},elsewhere\n")
     (folder / "edit.json").write_text(json.dumps(EDIT))
+    (folder / "words.json").write_text(json.dumps(WORDS))
+    (folder / "partner.csv").write_text(
+        f"device_id,lat,lng,observed_at,partner\na,50,114,{now_ms},amap\nb,50,114,{now_ms},b d\n"
+    )
     (folder / "other.json").write_text(json.dumps(OTHER))
     return folder
 
@@ -271,7 +278,7 @@ def test_a_file_is_an_alert_like_any_other(said: dict[str, Ran]) -> None:
     view = next(view for view in said["list, json"].json if view["alert_id"] == "from-file")
     assert view["schedule"] == [[0.5, 1.0], [None, 2.5]]
     assert view["missing_since"] == 1_777_617_000_000
-    assert view["expires_at"] == 4_081_363_200_000 - 86_400_000 * 10
+    assert view["expires_at"] == 4_081_276_800_000
     assert (view["state"], view["ring_km"]) == ("matching", 2.5)
 
 
@@ -321,6 +328,11 @@ def test_pull_names_stream_id_and_time_of_every_entry(said: dict[str, Ran]) -> N
         assert int(entry["id"].partition("-")[0]) == entry["at"]
 
 
+def test_pull_no_ack_leaves_everything_where_it_was_for_a_while(said: dict[str, Ran]) -> None:
+    assert said["pull, looking"].code == 0
+    assert {entry["id"] for entry in said["pull, looking"].lines} == {entry["id"] for entry in said["pull"].lines}
+
+
 def test_every_group_gets_every_push(said: dict[str, Ran]) -> None:
     assert said["pull, other group"].out == said["pull"].out
 
@@ -356,30 +368,23 @@ def test_health_is_zero_while_a_flow_keeps_up(said: dict[str, Ran]) -> None:
 
 
 def test_ctrl_c_ends_a_world_cleanly_and_says_how_much_it_sent(folder: Path, flow: Running) -> None:
+    assert flow.code is None
+    server = EmbeddedServer.find(folder / "v" / "valkey")
+    assert server is not None
+    client = connect(server.url)
     with Running("send", "--world", "1000", "--rate", "2000", "--json", folder=folder, TUANYUAN_VAR="v") as sending:
-        (stream,) = flow_logs(folder)
-        before = stream()
-        wait_until(lambda: stream() > before + 3)
+        before = client.xlen(log_key(0))
+        wait_until(lambda: client.xlen(log_key(0)) > before + 5)  # more than ticks
         ended = sending.end(signal.SIGINT)
+    client.close()
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err
     assert ended.json["pings_sent"] > 100
 
 
-def flow_logs(folder: Path) -> list[Callable[[], int]]:
-    """For each shard of the embedded server: how many entries its log has."""
-    server = EmbeddedServer.find(folder / "v" / "valkey")
-    assert server is not None
-    from flows.log import connect, log_key
-
-    client = connect(server.url)
-    return [lambda: client.xlen(log_key(0))]
-
-
 def test_ctrl_c_ends_a_pull_that_follows_and_nothing_it_printed_comes_again(folder: Path, flow: Running) -> None:
     publish = ["alert", "publish", "followed", *HERE, *AT_NOW]
     with Running("pull", "amap", "--follow", "--group", "follower", folder=folder, TUANYUAN_VAR="v") as pulling:
-        wait_until(lambda: pulling.out != "" or pulling.err != "" or True)
         now_ms = round(time.time() * 1000)
         (folder / "seen.csv").write_text(f"device_id,lat,lng,observed_at,partner\nseen,30,114,{now_ms},amap\n")
         for ended in run_all([["send", "seen.csv"], publish], folder, TUANYUAN_VAR="v"):
@@ -393,24 +398,72 @@ def test_ctrl_c_ends_a_pull_that_follows_and_nothing_it_printed_comes_again(fold
     assert again.out == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_run_and_its_server_and_what_was_published_is_kept(
-    number: signal.Signals, tmp_path: Path, folder: Path
-) -> None:
+def test_a_signal_ends_run_and_its_server_and_what_was_published_is_kept(tmp_path: Path, folder: Path) -> None:
     assert folder.exists()  # kernels are compiled
-    with Running("run", "--var", "mine", "--shard-count", "2", folder=tmp_path) as flow:
+    start = ("run", "--var", "mine", "--shard-count", "2")
+    with Running(*start, folder=tmp_path) as flow:
         flow.wait_for_words("ready;")
         assert "shards: 2; partners: none yet" in flow.err
         assert re.search(r"server: redis://127\.0\.0\.1:\d+/0 \(embedded, data in mine/valkey\)", flow.err)
         (published,) = run_all([[*PUBLISH, "--var", "mine"]], tmp_path)
         assert published.code == 0, published.err
-        ended = flow.end(number)
+        assert_ended_cleanly(flow.end(signal.SIGINT))
+    assert EmbeddedServer.find(tmp_path / "mine" / "valkey") is None
+    with Running(*start, folder=tmp_path) as flow:
+        flow.wait_for_words("ready;")
+        (kept,) = run_all([["alert", "list", "--json", "--var", "mine"]], tmp_path)
+        assert [view["alert_id"] for view in kept.json] == ["a17"]
+        assert_ended_cleanly(flow.end(signal.SIGTERM))
+    assert EmbeddedServer.find(tmp_path / "mine" / "valkey") is None
+
+
+def assert_ended_cleanly(ended: Ran) -> None:
     assert ended.code == 0, ended.err
     assert ended.err.endswith("stopped cleanly\n")
     assert "Traceback" not in ended.err
-    assert EmbeddedServer.find(tmp_path / "mine" / "valkey") is None
-    (nobody,) = run_all([["alert", "list", "--var", "mine"]], tmp_path)
-    assert nobody.error.startswith("no server runs under mine/valkey")
-    with EmbeddedServer.start(tmp_path / "mine" / "valkey", port=None):
-        (kept,) = run_all([["alert", "list", "--json", "--var", "mine"]], tmp_path)
-    assert [view["alert_id"] for view in kept.json] == ["a17"]
+
+
+# ---- known faults: each mark goes when its fault does
+
+
+@pytest.mark.xfail(strict=True, reason="what --no-ack showed is kept for a consumer that is gone, for a minute")
+def test_what_was_only_looked_at_is_pulled_next(said: dict[str, Ran]) -> None:
+    assert said["pull, looking"].out == said["pull"].out
+    assert said["pull, after looking"].out == said["pull"].out
+
+
+@pytest.mark.xfail(
+    strict=True, reason="--max takes entries of every shard and shows some: the others hide for a minute"
+)
+def test_entries_that_max_left_out_are_pulled_next(tmp_path: Path) -> None:
+    id_bytes, id_end = pack_ids(["phone"])
+    push = Push(0, "a17", 1, "alert", 100.0, 1, id_bytes, id_end)
+    with EmbeddedServer.start(tmp_path / "v" / "valkey", port=None) as server:
+        client = connect(server.url)
+        ensure_settings(client, Settings(shard_count=4, partners=("amap",)))
+        for shard in range(4):
+            client.xadd(push_key(shard, "amap"), {b"alert": encode_push(push)}, id="1-1")
+        client.close()
+        first, rest = run_all([["pull", "amap", "--max", "1"], ["pull", "amap"]], tmp_path, TUANYUAN_VAR="v")
+    assert len(first.lines) == 1
+    assert len(rest.lines) == 3
+
+
+@pytest.mark.xfail(strict=True, reason="the words and the picture of an alert file are dropped")
+def test_the_words_of_an_alert_file_are_kept_and_shown(said: dict[str, Ran]) -> None:
+    assert said["publish, words"].code == 0
+    assert '"Girl, 6"' in said["show, words"].out
+
+
+@pytest.mark.xfail(strict=True, reason="one partner's name that cannot be part of a key refuses the whole file")
+def test_a_partner_whose_name_cannot_be_is_set_aside_row_by_row(said: dict[str, Ran]) -> None:
+    ended = said["send, bad partner"]
+    assert ended.code == 0, ended.err
+    assert "partner.csv:3: partner" in ended.err
+    assert "pings: 1 sent; set aside: partner 1\n" in ended.err
+
+
+@pytest.mark.xfail(strict=True, reason="a traceback instead of a line")
+@pytest.mark.parametrize("name", ["world, bad seed", "world, too large"])
+def test_a_world_that_cannot_be_is_wrong_usage(name: str, said: dict[str, Ran]) -> None:
+    assert refusal(said[name], 2)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import re
 import shlex
+import signal
 import subprocess
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.tuanyuan import COMMAND, ROOT, Ran, clean_environment, compile_kernels, run, run_all
+from tests.tuanyuan import COMMAND, ROOT, Ran, Running, clean_environment, compile_kernels, run, run_all, wait_until
 
 # The child went missing in Chengdu at 14:30 Beijing time; one degree of latitude is 111.195 km.
 PINGS = """\
@@ -283,3 +285,17 @@ def test_a_first_row_from_the_future_is_named_with_a_time_that_means_something(r
 
 def test_a_byte_order_mark_is_no_part_of_the_first_alert_event(folder: Path, ran: dict[str, Ran]) -> None:
     assert (ran["byte order mark"].code, result(folder, ran["byte order mark"])) == (0, PUSHES)
+
+
+@pytest.mark.xfail(strict=True, reason="Ctrl-C ends in a panic of Rust and a traceback")
+def test_ctrl_c_ends_a_run_without_a_traceback_and_without_a_result(folder: Path, tmp_path: Path) -> None:
+    assert folder.exists()  # kernels are compiled
+    (tmp_path / "long.csv").write_text("device_id,lat,lng,observed_at\n" + f"near,30.7,104,{AT_14_45}\n" * 2_000_000)
+    (tmp_path / "clean.jsonl").write_text(ONE_EVENT)
+    with Running(*match("long.csv", "clean.jsonl", "out.jsonl"), folder=tmp_path) as matching:
+        process = psutil.Process(matching.pid)
+        wait_until(lambda: any(file.path.endswith("long.csv") for file in process.open_files()))
+        ended = matching.end(signal.SIGINT)
+    assert ended.code == 130
+    assert "Traceback" not in ended.err and "panicked" not in ended.err
+    assert not (tmp_path / "out.jsonl").exists()
