@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from flows.file_clock import NO_CLOCK, clock_of_arrivals, clock_of_observations
 from flows.log import RawEntry
 from flows.match import Entry, decode, step
-from flows.wire import encode_entry, encode_push, split_by_shard
+from flows.wire import encode_entry, encode_pings, encode_push, slice_pings, split_by_shard
 from geoindex.columns import PingBatch
 from geoindex.entries import DEFAULT_SCHEDULE, HOUR_MS, Alert, AlertClose, AlertRevision, LogEntry, Settings, Tick
 from geoindex.shard import ShardMachine
@@ -49,6 +51,12 @@ def run_every_kernel() -> None:
         assert isinstance(decoded, Entry)
         for push in step(machine, decoded).pushes:
             encode_push(push)
+    # What a sender does, with columns of its own: Numba tells them from those that were decoded.
+    two_shards = replace(settings, shard_count=2)
+    for batch in (live, _recorded(live)):
+        for part in split_by_shard(batch, two_shards):
+            assert part is not None
+            encode_pings(slice_pings(part, 1, len(part)))
     at_ms_column = np.empty(1, np.int64)
     accepted = np.empty(1, np.bool_)
     one = np.zeros(1, np.int64)

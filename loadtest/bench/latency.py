@@ -21,7 +21,7 @@ from loadtest.bench.traffic import ActiveAlert, Traffic, active_alerts
 STEPS_PER_S = 40
 """Appends a second of the sender: a ping waits 25 ms at most before it is sent."""
 BETWEEN_S = 0.3
-FIRST_PUSH_TIMEOUT_S = 10.0
+FIRST_PUSH_TIMEOUT_S = 60.0
 RING_KM = 100.0
 CHECKPOINT_INTERVAL_S = 20
 """Logs are kept for about two intervals, and the machine's memory has to hold that."""

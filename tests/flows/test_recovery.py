@@ -257,8 +257,9 @@ def test_without_a_usable_checkpoint_a_whole_log_is_read_from_its_beginning(stop
 
 
 def test_a_deleted_folder_and_a_trimmed_log_are_refused_by_name(stopped: Deployment) -> None:
-    trimming = stopped.flow(**OFTEN)
+    trimming, sender = stopped.flow(**OFTEN), stopped.sender()
     eventually(lambda: all(stopped.trimmed(shard) > (0, 0) for shard in SHARDS), timeout_s=20)
+    sender.end()
     trimming.stop()
     shutil.rmtree(stopped.var / "checkpoints")
     queues = stopped.queues()

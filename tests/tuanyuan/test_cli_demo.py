@@ -85,4 +85,4 @@ def test_a_signal_ends_the_demo_its_flow_and_its_server(number: signal.Signals, 
 
 
 def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)

@@ -175,11 +175,6 @@ def test_every_commands_help_ends_with_zero_and_shows_an_example(helps: dict[str
     assert without == []
 
 
-def test_no_help_is_wider_than_a_terminal(helps: dict[str, Ran]) -> None:
-    for name, ended in helps.items():
-        assert max(map(len, ended.out.splitlines())) <= 80, name
-
-
 def test_minus_h_is_help_and_no_words_at_all_are_too(folder: Path, helps: dict[str, Ran]) -> None:
     short, alert_short, nothing, alert_nothing = run_all([["-h"], ["alert", "-h"], [], ["alert"]], folder)
     assert short.out == helps[""].out
