@@ -225,10 +225,17 @@ def add_partner(client: redis.Redis, names: Iterable[str]) -> Settings:
     return settings
 
 
+def partner_name_problem(name: str) -> str | None:
+    """Why a name cannot be a partner's, or None."""
+    if _PARTNER_NAME.fullmatch(name) and len(name.encode()) <= 64:
+        return None
+    return f"a partner's name must have 1 to 64 bytes, without spaces and :{{}}, got {name[:70]!r}"
+
+
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
-        if not _PARTNER_NAME.fullmatch(name) or len(name.encode()) > 64:
-            raise ValueError(f"a partner's name must have 1 to 64 bytes, without spaces and :{{}}, got {name[:70]!r}")
+        if problem := partner_name_problem(name):
+            raise ValueError(problem)
 
 
 def _settings_of(client: redis.Redis, shard: int) -> Settings | None:

@@ -9,6 +9,11 @@ second; `read_stats` adds the snapshots of all processes up.
     push_write_errors_total{shard}           push_link_errors_total           push_drops_total{shard}
     log_read_errors_total                    tick_errors_total{shard}         shard_reloads_total{shard}
     lag_ms{shard}                            devices_live{shard}              publish_to_queue_ms (histogram)
+    checkpoints_total{shard}                 checkpoint_failures_total{shard} checkpoint_stop_ms (histogram)
+    checkpoint_age_ms{shard}                 checkpoint_duration_ms{shard}    checkpoint_bytes{shard}
+    checkpoints_damaged_total{shard}         checkpoints_outdated_total{shard} checkpoint_load_ms{shard}
+    log_entries_trimmed_total{shard}         log_trim_errors_total{shard}     log_kept_ms{shard}
+    log_tail_lost_total{shard}: an alarm     checkpoint_age_ms beyond three intervals: an alarm
 """
 
 from __future__ import annotations

@@ -574,6 +574,17 @@ class Consumer:
                 pipeline.xack(stream, self._group, *entry_ids)
             return sum(cast(list[int], pipeline.execute()))
 
+    def give_back(self, deliveries: Iterable[Delivery]) -> None:
+        """These will not be dealt with here: whoever of the group reads next gets them, without a wait."""
+        ids: dict[str, list[Any]] = {}
+        for delivery in deliveries:
+            ids.setdefault(delivery.stream, []).append(format_id(delivery.entry_id))
+        idle_ms = round(self._claim_after_s * 1000) + 1
+        with self._client.pipeline(transaction=False) as pipeline:
+            for stream, entry_ids in ids.items():
+                pipeline.xclaim(stream, self._group, self._consumer, 0, entry_ids, idle=idle_ms, justid=True)
+            pipeline.execute()
+
     def _own_unfinished(self, entries_max: int) -> list[Delivery]:
         if not self._unfinished:
             return []
@@ -583,6 +594,7 @@ class Consumer:
             if "NOGROUP" not in str(error):
                 raise
             self.create_groups()
+            self._unfinished = {}  # of a group that did not exist
             return []
         unfinished: dict[str, str] = {}
         for stream, entries in cast(Any, reply):

@@ -148,7 +148,7 @@ class ShardMachine:
             clock_ms=self.clock_ms,
             sweep_due_ms=self._sweep_due_ms,
             last_desk_id=self._last_desk_id,
-            closed=tuple(sorted(self._closed)),
+            closed=frozenset(self._closed),
             alerts=self._alerts.states(),
             alert_slot_count=self._alerts.slot_count,
             told_words=self._devices.told_words,

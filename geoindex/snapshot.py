@@ -58,8 +58,8 @@ class MachineState:
     clock_ms: int
     sweep_due_ms: int
     last_desk_id: tuple[int, int]
-    closed: tuple[str, ...]
-    """Ids of closed alerts, sorted."""
+    closed: frozenset[str]
+    """Ids of closed alerts."""
     alerts: tuple[AlertState, ...]
     """In the order of their publishing."""
     alert_slot_count: int

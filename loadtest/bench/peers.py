@@ -48,13 +48,8 @@ def measure(devices: int, pings: int, repeats: int, say: Say, alert_count: int =
     report = Report("peers")
     workload = _workload(devices, pings, repeats, alert_count)
     say(f"{devices:,} devices, {pings:,} pings, {len(workload.owed):,} newly told pairs owed")
-    machine, flow = peer_ours.run_machine(workload), peer_ours.run_flow(workload)
-    runs: dict[str, PeerRun] = {"ours_machine": machine, "ours_flow": flow}
-    for name, ours in runs.items():
-        say(ours.line(name))
-        if ours.told != workload.owed:
-            report.faults.append(f"{name}: told pairs differ from brute force: {_difference(workload, ours)}")
-    ratios: dict[str, float] = {}
+    runs: dict[str, PeerRun] = {}
+    _run_ours(report, workload, runs, say)
     for name, peer in PEERS.items():
         gc.collect()
         run = peer(workload)
@@ -62,10 +57,14 @@ def measure(devices: int, pings: int, repeats: int, say: Say, alert_count: int =
             report.notes.append(f"{name}: not there, not measured ({peer_tile38.ABSENT})")
             continue
         runs[name] = run
-        ours = machine if run.compared_with == "machine" else flow
-        ratios[name] = ours.pings_per_s / run.pings_per_s
         say(run.line(name))
         _compare(report, workload, name, run)
+    _run_ours(report, workload, runs, say)
+    ratios = {
+        name: runs[f"ours_{run.compared_with}"].pings_per_s / run.pings_per_s
+        for name, run in runs.items()
+        if run.compared_with
+    }
     report.values = {
         "min_ratio": min(ratios.values()),
         "ratios": ratios,
@@ -84,6 +83,18 @@ def measure(devices: int, pings: int, repeats: int, say: Say, alert_count: int =
         beside = f" Compared with our {run.compared_with}." if run.compared_with else ""
         report.notes.append(f"{name}: {run.words}{beside}")
     return report
+
+
+def _run_ours(report: Report, workload: Workload, runs: dict[str, PeerRun], say: Say) -> None:
+    """Ours, before the others and again after them: the slower one counts, in case the machine changed meanwhile."""
+    for name, run in (("ours_machine", peer_ours.run_machine), ("ours_flow", peer_ours.run_flow)):
+        gc.collect()
+        ours = run(workload)
+        say(ours.line(name))
+        if ours.told != workload.owed:
+            report.faults.append(f"{name}: told pairs differ from brute force: {_difference(workload, ours)}")
+        if name not in runs or ours.pings_per_s < runs[name].pings_per_s:
+            runs[name] = ours
 
 
 def _workload(devices: int, pings: int, repeats: int, alert_count: int) -> Workload:

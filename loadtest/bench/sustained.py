@@ -25,6 +25,8 @@ ACHIEVED_SHARE_MIN = 0.98
 LAG_MS_STEADY = 500.0
 """A lag below this is not growing, whatever its trend; above, it must not rise from the second quarter to the last."""
 LAG_GROWTH_MAX = 1.5
+LAG_MS_MAX = 2_000.0
+"""A flow that is further behind, in the last quarter, does not keep up, even if it does not fall back any more."""
 CHECKPOINT_INTERVAL_S = 10
 """Shorter than usual: logs are kept for about two intervals, and the machine's memory has to hold that."""
 FINAL_STEP = 0.95
@@ -59,7 +61,7 @@ class Trial:
     def lag_grows(self) -> bool:
         quarter = max(1, len(self.lag_ms) // 4)
         early, late = float(np.median(self.lag_ms[quarter : 2 * quarter])), float(np.median(self.lag_ms[-quarter:]))
-        return late > LAG_MS_STEADY and late > LAG_GROWTH_MAX * early
+        return late > LAG_MS_MAX or (late > LAG_MS_STEADY and late > LAG_GROWTH_MAX * early)
 
     def line(self) -> str:
         return (

@@ -141,12 +141,13 @@ def test_a_peer_that_differs_away_from_the_edge_is_wrong() -> None:
         ([0.0] * 40, False),
         ([400.0] * 40, False),
         ([2000.0] * 40, False),
+        ([3000.0] * 40, True),
         ([10.0 * at for at in range(40)], False),
         ([100.0 * at for at in range(40)], True),
         ([0.0] * 30 + [3000.0] * 10, True),
     ],
 )
-def test_a_lag_grows_when_its_end_is_above_its_beginning(lag_ms: list[float], grows: bool) -> None:
+def test_a_lag_grows_when_its_end_is_above_its_beginning_or_too_large(lag_ms: list[float], grows: bool) -> None:
     trial = Trial(1000.0, 10.0, sent=10_000, lag_ms=lag_ms)
     assert trial.lag_grows is grows
     assert trial.keeps_up is not grows

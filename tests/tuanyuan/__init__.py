@@ -15,10 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flows.server import EmbeddedServer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "tuanyuan.cli"]
@@ -189,6 +192,19 @@ class Running:
         self._process.send_signal(number)
         code = self._process.wait(STOP_TIMEOUT_S)
         return Ran(self.arguments, code, self.out, self.err)
+
+
+@contextmanager
+def embedded_flow(var: str, *options: str, folder: Path) -> Iterator[Running]:
+    """`tuanyuan run` with a server under `var`, ready; neither outlives a test, whatever happens."""
+    try:
+        with Running("run", "--var", var, *options, folder=folder) as flow:
+            flow.wait_for_words("ready;")
+            yield flow
+    finally:
+        if EmbeddedServer.find(folder / var / "valkey") is not None:
+            # Takes it over from the process that is gone, and stops it.
+            EmbeddedServer.start(folder / var / "valkey").close()
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:

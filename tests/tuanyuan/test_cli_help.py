@@ -199,12 +199,9 @@ def test_a_url_with_a_password_never_shows_it(folder: Path) -> None:
         assert "hunter2" not in json.dumps([ended.out, ended.err]), ended.err
 
 
-@pytest.mark.xfail(
-    strict=True, reason="settings that no decoder accepts are written, and the server is spoilt for good"
-)
 def test_a_partner_named_twice_spoils_no_server(folder: Path) -> None:
     with Running("run", "--var", "twice", "--partner", "amap", "--partner", "amap", folder=folder) as flow:
-        deadline_s = time.monotonic() + 3
+        deadline_s = time.monotonic() + 30
         while flow.code is None and time.monotonic() < deadline_s:
             time.sleep(0.05)
         ended = flow.end(signal.SIGINT) if flow.code is None else Ran(flow.arguments, flow.code, flow.out, flow.err)

@@ -20,7 +20,7 @@ from flows.server import EmbeddedServer, connect
 from flows.wire import encode_push
 from geoindex.columns import Push, pack_ids
 from geoindex.entries import Settings
-from tests.tuanyuan import Ran, Running, compile_kernels, run_all, wait_until
+from tests.tuanyuan import Ran, Running, compile_kernels, embedded_flow, run_all, wait_until
 
 
 def pings_file(now_ms: int) -> str:
@@ -130,17 +130,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flow(folder: Path) -> Iterator[Running]:
-    """`tuanyuan run` with the server under `v`; ends it, and the server, whatever happened."""
     options = ("--shard-count", "1", "--partner", "amap", "--partner", "baidu")
-    try:
-        with Running("run", "--var", "v", *options, folder=folder) as flow:
-            flow.wait_for_words("ready;")
-            yield flow
-    finally:
-        orphan = EmbeddedServer.find(folder / "v" / "valkey")
-        if orphan is not None:
-            with EmbeddedServer.start(folder / "v" / "valkey"):
-                pass  # takes it over from the process that is gone, and stops it
+    with embedded_flow("v", *options, folder=folder) as flow:
+        yield flow
 
 
 @pytest.fixture(scope="module")
@@ -400,21 +392,18 @@ def test_ctrl_c_ends_a_pull_that_follows_and_nothing_it_printed_comes_again(fold
 
 def test_a_signal_ends_run_and_its_server_and_what_was_published_is_kept(tmp_path: Path, folder: Path) -> None:
     assert folder.exists()  # kernels are compiled
-    start = ("run", "--var", "mine", "--shard-count", "2")
-    with Running(*start, folder=tmp_path) as flow:
-        flow.wait_for_words("ready;")
+    with embedded_flow("mine", "--shard-count", "2", folder=tmp_path) as flow:
         assert "shards: 2; partners: none yet" in flow.err
         assert re.search(r"server: redis://127\.0\.0\.1:\d+/0 \(embedded, data in mine/valkey\)", flow.err)
         (published,) = run_all([[*PUBLISH, "--var", "mine"]], tmp_path)
         assert published.code == 0, published.err
         assert_ended_cleanly(flow.end(signal.SIGINT))
-    assert EmbeddedServer.find(tmp_path / "mine" / "valkey") is None
-    with Running(*start, folder=tmp_path) as flow:
-        flow.wait_for_words("ready;")
+        assert EmbeddedServer.find(tmp_path / "mine" / "valkey") is None
+    with embedded_flow("mine", folder=tmp_path) as flow:
         (kept,) = run_all([["alert", "list", "--json", "--var", "mine"]], tmp_path)
         assert [view["alert_id"] for view in kept.json] == ["a17"]
         assert_ended_cleanly(flow.end(signal.SIGTERM))
-    assert EmbeddedServer.find(tmp_path / "mine" / "valkey") is None
+        assert EmbeddedServer.find(tmp_path / "mine" / "valkey") is None
 
 
 def assert_ended_cleanly(ended: Ran) -> None:
@@ -426,15 +415,11 @@ def assert_ended_cleanly(ended: Ran) -> None:
 # ---- known faults: each mark goes when its fault does
 
 
-@pytest.mark.xfail(strict=True, reason="what --no-ack showed is kept for a consumer that is gone, for a minute")
 def test_what_was_only_looked_at_is_pulled_next(said: dict[str, Ran]) -> None:
     assert said["pull, looking"].out == said["pull"].out
     assert said["pull, after looking"].out == said["pull"].out
 
 
-@pytest.mark.xfail(
-    strict=True, reason="--max takes entries of every shard and shows some: the others hide for a minute"
-)
 def test_entries_that_max_left_out_are_pulled_next(tmp_path: Path) -> None:
     id_bytes, id_end = pack_ids(["phone"])
     push = Push(0, "a17", 1, "alert", 100.0, 1, id_bytes, id_end)
@@ -449,13 +434,11 @@ def test_entries_that_max_left_out_are_pulled_next(tmp_path: Path) -> None:
     assert len(rest.lines) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the words and the picture of an alert file are dropped")
 def test_the_words_of_an_alert_file_are_kept_and_shown(said: dict[str, Ran]) -> None:
     assert said["publish, words"].code == 0
     assert '"Girl, 6"' in said["show, words"].out
 
 
-@pytest.mark.xfail(strict=True, reason="one partner's name that cannot be part of a key refuses the whole file")
 def test_a_partner_whose_name_cannot_be_is_set_aside_row_by_row(said: dict[str, Ran]) -> None:
     ended = said["send, bad partner"]
     assert ended.code == 0, ended.err
@@ -463,7 +446,6 @@ def test_a_partner_whose_name_cannot_be_is_set_aside_row_by_row(said: dict[str, 
     assert "pings: 1 sent; set aside: partner 1\n" in ended.err
 
 
-@pytest.mark.xfail(strict=True, reason="a traceback instead of a line")
 @pytest.mark.parametrize("name", ["world, bad seed", "world, too large"])
 def test_a_world_that_cannot_be_is_wrong_usage(name: str, said: dict[str, Ran]) -> None:
     assert refusal(said[name], 2)

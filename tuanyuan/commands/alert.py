@@ -14,7 +14,7 @@ import redis
 import typer
 from rich.table import Table
 
-from flows.alert_json import AlertRefused, alert_to_json, parse_alert, parse_changes
+from flows.alert_json import AlertRefused, alert_to_json, parse_alert, parse_changes, parse_content
 from flows.desk import Desk, DeskAlert, DeskAnswer, Relay, RevisionConflict
 from flows.log import SettingsMismatch
 from geoindex.entries import OUTCOMES
@@ -76,7 +76,8 @@ def publish(
         words["status"] = "exercise"
     with _desk(valkey, var) as (client, desk):
         alert = parse_alert(words, "publish", settings_of(client).default_schedule)
-        _answer(client, desk, alert.alert_id, lambda: desk.publish(alert), json)
+        content = parse_content(words)
+        _answer(client, desk, alert.alert_id, lambda: desk.publish(alert, content), json)
 
 
 @app.command(epilog="Example:\n\n    tuanyuan alert update a17 --lat 29.56 --lng 106.55")
@@ -98,9 +99,10 @@ def update(
     words = _words(alert_id, lat, lng, missing_since, schedule, audience, expires_at, file)
     with _desk(valkey, var) as (client, desk):
         _, _, changes = parse_changes(words, "update")
-        if not changes:
+        content = parse_content(words)
+        if not changes and not content:
             fail("update: nothing to change was named", EXIT_USAGE)
-        _answer(client, desk, alert_id, lambda: desk.update(alert_id, changes, revision), json)
+        _answer(client, desk, alert_id, lambda: desk.update(alert_id, changes, revision, content), json)
 
 
 @app.command(epilog="Example:\n\n    tuanyuan alert close a17 --outcome found")
@@ -247,6 +249,7 @@ def _view(alert: DeskAlert, now_ms: int) -> dict[str, Any]:
         "next_growth": growth[0] if growth and matching else None,
         "next_ring_km": growth[1] if growth and matching else None,
         "published_at": alert.published_at_ms,
+        **alert.content,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, cast
 
 import redis
@@ -60,6 +62,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the world.")] = 1,
 ) -> None:
     """Watch a missing child's alert reach the phones around, its ring growing; then check every push."""
+    signal.signal(signal.SIGTERM, _interrupted)
     stream_s = max(STREAM_SECONDS_MIN, seconds - 2 * START_SECONDS)
     note(f"A world of {phones:,} phones by the population of real places, {rate:,} pings/s, for {stream_s:.0f} s ...")
     with (
@@ -87,6 +90,11 @@ def demo(
     console.print(f"verified: {result.line()}", highlight=False)
     if not result.clean or not result.pushes:
         raise typer.Exit(1)
+
+
+def _interrupted(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends the demo as Ctrl-C does: with its flow and its server."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _end(flow: subprocess.Popen[bytes]) -> None:
@@ -239,6 +247,8 @@ class _Demo:
                 live.update(self._view(elapsed_s, alert, closed), refresh=True)
                 time.sleep(0.25)
             live.update(self._view(self._stream_s, alert, closed), refresh=True)
+        if not console.is_terminal:
+            console.print()  # a pipe gets the last view alone, without a line end
 
     def _publish(self) -> Alert:
         hour_s = HOUR_LASTS * self._stream_s

@@ -49,25 +49,29 @@ def pull(
         except ValueError as problem:
             fail(str(problem), EXIT_USAGE)
         printed = devices = 0
+        held: list[Delivery] = []
         try:
             while entries_max is None or printed < entries_max:
-                limit = 100 if entries_max is None else min(100, entries_max - printed)
-                deliveries = reader.read(limit, 1.0 if follow else 0)
+                deliveries = reader.read(100 if entries_max is None else 1, 1.0 if follow else 0)
                 if not deliveries and not follow:
                     break
-                if entries_max is not None:
-                    deliveries = deliveries[: entries_max - printed]
-                sys.stdout.buffer.write(b"".join(map(_line, deliveries)))
+                held += deliveries
+                shown = deliveries if entries_max is None else deliveries[: entries_max - printed]
+                sys.stdout.buffer.write(b"".join(map(_line, shown)))
                 sys.stdout.buffer.flush()
                 if not no_ack:
-                    reader.acknowledge(deliveries)
-                printed += len(deliveries)
-                devices += sum(len(delivery.push.device_ids) for delivery in deliveries if delivery.push)
+                    reader.acknowledge(shown)
+                    held = held[: len(held) - len(deliveries)] + deliveries[len(shown) :]
+                printed += len(shown)
+                devices += sum(len(delivery.push.device_ids) for delivery in shown if delivery.push)
         except KeyboardInterrupt:
             pass
         except BrokenPipeError:
-            # Whoever read has gone: what it was given stays unacknowledged, and comes again.
+            # Whoever read has gone.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        finally:
+            # What was not shown, or only looked at, is the next reader's at once.
+            reader.give_back(held)
         note(f"{printed:,} entries, {devices:,} devices")
 
 

@@ -64,6 +64,9 @@ def run(
         valkey_port=valkey_port,
         checkpoint_interval_s=checkpoint_interval,
     )
+    for name in partner or ():
+        if (partner or []).count(name) > 1:
+            fail(f"--partner {name!r} is named twice", EXIT_USAGE)
     first_settings = Settings(
         shard_count=shard_count, partners=tuple(partner or ()), live_window_ms=duration_ms(live_window)
     )

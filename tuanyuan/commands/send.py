@@ -13,8 +13,8 @@ import redis
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flows.log import LogWriter, add_partner
-from flows.recording import PingReader, UnreadableFile
+from flows.log import LogWriter, add_partner, partner_name_problem
+from flows.recording import PingReader, RecordedPings, UnreadableFile
 from flows.server import link_opener
 from geoindex.columns import PingBatch
 from geoindex.entries import Settings
@@ -63,7 +63,11 @@ def send(
                 raise typer.Exit(EXIT_REFUSED)
         else:
             assert world is not None
-            _send_world(World(seed, world), client, rate, seconds, json)
+            try:
+                made = World(seed, world)
+            except ValueError as problem:
+                fail(f"--world: {problem}", EXIT_USAGE)
+            _send_world(made, client, rate, seconds, json)
 
 
 def _send_file(file: Path, client: redis.Redis, settings: Settings, json: bool) -> dict[str, int]:
@@ -77,7 +81,8 @@ def _send_file(file: Path, client: redis.Redis, settings: Settings, json: bool) 
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=notes, transient=True
         ) as progress:
             task = progress.add_task(file.name, total=max(1, reader.size_bytes))
-            for pings in reader.chunks():
+            for chunk in reader.chunks():
+                pings = _with_usable_partners(chunk, reader)
                 new = set(pings.partners) - set(writer.settings.partners)
                 if new:
                     writer.settings = add_partner(client, sorted(new))
@@ -93,6 +98,17 @@ def _send_file(file: Path, client: redis.Redis, settings: Settings, json: bool) 
         note(words)
     _report(sent, reader.set_aside.counts, json)
     return reader.set_aside.counts
+
+
+def _with_usable_partners(pings: RecordedPings, reader: PingReader) -> RecordedPings:
+    """Without the rows whose partner cannot be part of a key: they are set aside."""
+    unusable = {name for name in set(pings.partners) if partner_name_problem(name)}
+    if not unusable:
+        return pings
+    for line, name in zip(pings.lines, pings.partners, strict=True):
+        if name in unusable:
+            reader.set_aside.add("partner", f"{reader.path}:{line}", f"partner: {partner_name_problem(name)}")
+    return pings.keep(np.array([name not in unusable for name in pings.partners], np.bool_))
 
 
 def _send_world(world: World, client: redis.Redis, rate: int, seconds: float | None, json: bool) -> None:
