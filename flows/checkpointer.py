@@ -16,6 +16,7 @@ passed it. A log that lost its tail fails that, and then the older checkpoint is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import threading
@@ -32,6 +33,7 @@ from flows.checkpoints import (
     CheckpointAbandoned,
     CheckpointStore,
     CheckpointUnusable,
+    OpenCheckpoint,
     WrittenCheckpoint,
 )
 from flows.log import FIRST, LogId, RawEntry, done_key, format_id, log_key, parse_id, trimmed_key
@@ -148,6 +150,7 @@ class Checkpointer:
             shard: _Lane(due_s=now_s + interval_s * (index + 1) / len(shards)) for index, shard in enumerate(shards)
         }
         self._started_ms = round(time.time() * 1000)
+        self._held: dict[int, OpenCheckpoint] = {}
         self._order: _Order | None = None
         self._stopping = False
         self._failure: BaseException | None = None
@@ -194,19 +197,28 @@ class Checkpointer:
             self._changed.notify_all()
         if written is not None:
             self._store.give_up(written)
+        held = self._held.pop(shard, None)
         finals = self._store.finals(shard)
         # `begin` has passed over these; it may have done so in another process.
         lane.unusable = {checkpoint.position for checkpoint in finals if checkpoint.position > position}
         lane.final_ms = None if position == FIRST else position[0]
         if position == FIRST:
             return ShardMachine()
-        for checkpoint in finals:
-            if checkpoint.position == position:
-                started_s = time.monotonic()
-                machine = self._store.load(checkpoint)
-                self._metrics.gauge("checkpoint_load_ms", 1000 * (time.monotonic() - started_s), shard=str(shard))
-                return machine
-        raise CheckpointUnusable(f"shard {shard}: the checkpoint behind {format_id(position)} is gone")
+        if held is None or held.checkpoint.position != position:
+            held = OpenCheckpoint(self._store.final(shard, position))
+        with contextlib.closing(held):
+            started_s = time.monotonic()
+            machine = held.load()
+        self._metrics.gauge("checkpoint_load_ms", 1000 * (time.monotonic() - started_s), shard=str(shard))
+        return machine
+
+    def _hold(self, shard: int, opened: OpenCheckpoint | None) -> None:
+        """Keep a checkpoint open until it is loaded: somebody else may replace it by newer ones meanwhile."""
+        before = self._held.pop(shard, None)
+        if before is not None:
+            before.close()
+        if opened is not None:
+            self._held[shard] = opened
 
     def _try(self, checkpoint: Checkpoint, facts: _LogFacts) -> str | None:
         """Whether a checkpoint can be used: None, or else why not."""
@@ -217,8 +229,10 @@ class Checkpointer:
             self._metrics.count("log_tail_lost_total" if tail_lost else "checkpoints_outdated_total", shard=str(shard))
         else:
             try:
+                opened = OpenCheckpoint(checkpoint)
+                self._hold(shard, opened)
                 # Not loaded yet: a shard that starts anew would be in memory twice.
-                self._store.verify(checkpoint)
+                opened.verify()
                 return None
             except CheckpointUnusable as unusable:
                 reason = str(unusable)

@@ -113,6 +113,10 @@ class CheckpointStore:
             return sorted(found, key=lambda checkpoint: checkpoint.position, reverse=True)
         return []
 
+    def final(self, shard: int, position: LogId) -> Checkpoint:
+        """The shard's final checkpoint behind that log entry, whether there is one or not."""
+        return Checkpoint(shard, position, self._folder(shard) / f"{format_id(position)}{_FINAL}")
+
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def write(
@@ -166,11 +170,9 @@ class CheckpointStore:
         The caller has seen `done` at its position, or beyond. `unusable`: positions of finals that do not count as one
         of the two, and have stayed until now: better a damaged checkpoint than none.
         """
-        folder = self._folder(written.shard)
-        path = folder / f"{format_id(written.position)}{_FINAL}"
         try:
-            written.path.replace(path)
-            _sync_folder(folder)
+            written.path.replace(self.final(written.shard, written.position).path)
+            _sync_folder(self._folder(written.shard))
         finally:
             os.close(written.descriptor)
         finals = self.finals(written.shard)
@@ -178,7 +180,7 @@ class CheckpointStore:
         for final in finals:
             if final not in usable[:KEPT_COUNT]:
                 final.path.unlink(missing_ok=True)
-        return Checkpoint(written.shard, written.position, path)
+        return self.final(written.shard, written.position)
 
     def give_up(self, written: WrittenCheckpoint) -> None:
         """Delete a checkpoint that will never be final."""
@@ -198,46 +200,67 @@ class CheckpointStore:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def load(self, checkpoint: Checkpoint) -> ShardMachine:
-        """The machine as it was behind the checkpoint's log entry.
-
-        Raises CheckpointUnusable; SettingsRefused if this program does not follow its settings; MemoryError.
-        """
-        with _Reader.opened(checkpoint) as reader:
-            return reader.machine(reader.fill)
-
-    def verify(self, checkpoint: Checkpoint) -> None:
-        """Make sure that `load` would succeed: read and check everything, and keep nothing. Raises as `load`."""
-        with _Reader.opened(checkpoint) as reader:
-            reader.machine(reader.check)
+        """The machine of a checkpoint. Raises as `OpenCheckpoint`."""
+        with contextlib.closing(OpenCheckpoint(checkpoint)) as opened:
+            return opened.load()
 
     def _folder(self, shard: int) -> Path:
         return self.directory / f"s{shard:03d}"
 
 
-class _Reader:
-    """One checkpoint file, open."""
+class OpenCheckpoint:
+    """A checkpoint that can be read, also when it was deleted meanwhile.
 
-    def __init__(self, checkpoint: Checkpoint, descriptor: int) -> None:
-        self._checkpoint = checkpoint
-        self._descriptor = descriptor
+    Opening, `verify` and `load` raise CheckpointUnusable; the latter two SettingsRefused if this program does not follow
+    its settings, and MemoryError.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        try:
+            self._descriptor = os.open(checkpoint.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._refuse(f"it cannot be opened: {error.strerror}")
+        try:
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self) -> ShardMachine:
+        """The machine as it was behind the checkpoint's log entry."""
+        return self._machine(self._fill)
+
+    def verify(self) -> None:
+        """Make sure that `load` would succeed: read and check everything, and keep nothing."""
+        self._machine(self._check)
+
+    def close(self) -> None:
+        """May be called again."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _read_header(self) -> None:
+        checkpoint, descriptor = self.checkpoint, self._descriptor
         prefix = os.pread(descriptor, len(MAGIC) + _FRAME.size, 0)
         if len(prefix) < len(MAGIC) + _FRAME.size or not prefix.startswith(MAGIC):
-            self.refuse("it does not begin as a checkpoint does")
+            self._refuse("it does not begin as a checkpoint does")
         length, self._header_crc = _FRAME.unpack_from(prefix, len(MAGIC))
         if length > HEADER_BYTES_MAX:
-            self.refuse("its header is damaged")
+            self._refuse("its header is damaged")
         header = os.pread(descriptor, length, len(prefix))
         if len(header) < length or zlib.crc32(header) != self._header_crc:
-            self.refuse("its header is damaged")
+            self._refuse("its header is damaged")
         fields = msgpack.unpackb(header)
         if fields["version"] != CHECKPOINT_VERSION:
-            self.refuse(f"it has version {fields['version']}, this program reads version {CHECKPOINT_VERSION}")
+            self._refuse(f"it has version {fields['version']}, this program reads version {CHECKPOINT_VERSION}")
         if (fields["shard"], tuple(fields["position"])) != (checkpoint.shard, checkpoint.position):
-            self.refuse(f"it holds log entry {fields['position']} of shard {fields['shard']}")
+            self._refuse(f"it holds log entry {fields['position']} of shard {fields['shard']}")
         try:
-            self.state = _unpack_state(fields)
+            self._state = _unpack_state(fields)
         except (KeyError, TypeError, ValueError) as problem:
-            self.refuse(f"this program does not read its header: {problem}")
+            self._refuse(f"this program does not read its header: {problem}")
         self._columns: dict[str, tuple[np.dtype[Any], int, int]] = {}
         """Type, rows and offset in the file, by name."""
         offset = len(prefix) + length
@@ -247,24 +270,9 @@ class _Reader:
             size_bytes = rows * dtype.itemsize
             offset += size_bytes + _CRC.size * -(-size_bytes // BLOCK_BYTES)
         if os.fstat(descriptor).st_size != offset:
-            self.refuse(f"it must have {offset} bytes, and has {os.fstat(descriptor).st_size}")
+            self._refuse(f"it must have {offset} bytes, and has {os.fstat(descriptor).st_size}")
 
-    @classmethod
-    @contextlib.contextmanager
-    def opened(cls, checkpoint: Checkpoint) -> Iterator[_Reader]:
-        """Raises CheckpointUnusable, here and in what is done with it."""
-        try:
-            descriptor = os.open(checkpoint.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise CheckpointUnusable(f"{checkpoint.path}: it is gone") from None
-        try:
-            yield cls(checkpoint, descriptor)
-        except OSError as error:
-            raise CheckpointUnusable(f"{checkpoint.path}: it cannot be read: {error}") from error
-        finally:
-            os.close(descriptor)
-
-    def machine(self, fill: Fill) -> ShardMachine:
+    def _machine(self, fill: Fill) -> ShardMachine:
         """The machine, with its columns read by `fill` or `check`."""
         left = set(self._columns)
 
@@ -273,17 +281,19 @@ class _Reader:
             fill(name, target)
 
         try:
-            machine = ShardMachine.restored(self.state, tracked)
+            machine = ShardMachine.restored(self._state, tracked)
         except SettingsRefused:
             raise
+        except OSError as error:
+            self._refuse(f"it cannot be read: {error}")
         except ValueError as problem:
-            self.refuse(str(problem))
+            self._refuse(str(problem))
         if left:
             # State that would be lost.
-            self.refuse(f"this program does not know the column {min(left)!r}")
+            self._refuse(f"this program does not know the column {min(left)!r}")
         return machine
 
-    def fill(self, name: str, target: Column) -> None:
+    def _fill(self, name: str, target: Column) -> None:
         """Read a column into a machine's memory, checking every block."""
         dtype, offset = self._found(name, target)
         if dtype == target.dtype:
@@ -293,7 +303,7 @@ class _Reader:
         self._read(name, offset, stored.view(np.uint8))
         put(stored, target)
 
-    def check(self, name: str, target: Column) -> None:
+    def _check(self, name: str, target: Column) -> None:
         """Read a column into nothing, checking every block."""
         dtype, offset = self._found(name, target)
         self._read(name, offset, None, len(target) * dtype.itemsize)
@@ -301,14 +311,14 @@ class _Reader:
     def _found(self, name: str, target: Column) -> tuple[np.dtype[Any], int]:
         """Type and place of a column that fits a machine's."""
         if name not in self._columns:
-            self.refuse(f"it lacks the column {name!r}")
+            self._refuse(f"it lacks the column {name!r}")
         dtype, rows, offset = self._columns[name]
         if not fits(dtype, target.dtype) or rows != len(target):
-            self.refuse(f"its column {name!r} must hold {len(target)} of {target.dtype}, and holds {rows} of {dtype}")
+            self._refuse(f"its column {name!r} must hold {len(target)} of {target.dtype}, and holds {rows} of {dtype}")
         return dtype, offset
 
-    def refuse(self, reason: str) -> NoReturn:
-        raise CheckpointUnusable(f"{self._checkpoint.path}: {reason}")
+    def _refuse(self, reason: str) -> NoReturn:
+        raise CheckpointUnusable(f"{self.checkpoint.path}: {reason}")
 
     def _read(self, name: str, offset: int, target: U8 | None, size_bytes: int = 0) -> None:
         """Into `target`, or, without one, into nothing."""
@@ -323,7 +333,7 @@ class _Reader:
             _read_all(self._descriptor, [block, memoryview(stored_crc)])
             crc = zlib.crc32(block, crc)
             if crc != _CRC.unpack(stored_crc)[0]:
-                self.refuse(f"column {name!r} is damaged between bytes {start} and {stop}")
+                self._refuse(f"column {name!r} is damaged between bytes {start} and {stop}")
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

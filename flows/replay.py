@@ -175,6 +175,7 @@ class RecordingSource(FixedPartitionedSource[tuple[str, RawEntry], None]):
     def __init__(self, recording: Recording, moved: Callable[[TimedEntry], None] = lambda _entry: None) -> None:
         """`moved` is told of every entry as it is read; `problem` is why reading ended early, if it did."""
         self.problem: UnreadableFile | None = None
+        self.stopped = False
         self._moved = moved
         self._shards = recording.settings.shard_count
         self._entries = recording.entries()
@@ -188,8 +189,14 @@ class RecordingSource(FixedPartitionedSource[tuple[str, RawEntry], None]):
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> _RecordingPartition:
         return _RecordingPartition(self, shard_of_key(for_part))
 
+    def stop(self) -> None:
+        """End the recording here. May be called from a signal handler."""
+        self.stopped = True
+
     def take(self, shard: int) -> RawEntry | None:
         """The next entry of a shard's log, reading on as far as needed; None at the end."""
+        if self.stopped:
+            return None
         waiting = self._waiting[shard]
         while not waiting:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -18,7 +19,7 @@ import redis
 
 from flows import checkpoints
 from flows.checkpointer import Checkpointer, LogTooShort
-from flows.checkpoints import Checkpoint, CheckpointAbandoned, CheckpointStore, CheckpointUnusable
+from flows.checkpoints import Checkpoint, CheckpointAbandoned, CheckpointStore, CheckpointUnusable, OpenCheckpoint
 from flows.log import (
     FIRST,
     LogId,
@@ -58,6 +59,11 @@ def put(store: CheckpointStore, machine: ShardMachine, position: LogId = P1, sha
     return store.finalise(store.write(shard, position, machine.state(), machine.columns()))
 
 
+def verify(checkpoint: Checkpoint) -> None:
+    with contextlib.closing(OpenCheckpoint(checkpoint)) as opened:
+        opened.verify()
+
+
 def names(store: CheckpointStore) -> list[str]:
     return sorted(path.name for path in (store.directory / f"s{SHARD:03d}").iterdir())
 
@@ -69,7 +75,7 @@ def test_a_machine_comes_back_as_it_was(store: CheckpointStore, machine: ShardMa
     checkpoint = put(store, machine)
     assert store.finals(SHARD) == [checkpoint]
     assert (checkpoint.position, checkpoint.path.name) == (P1, f"{format_id(P1)}.checkpoint")
-    store.verify(checkpoint)
+    verify(checkpoint)
     assert_same(store.load(checkpoint), machine)
 
 
@@ -142,11 +148,19 @@ def test_what_a_dead_process_left_is_swept_and_what_a_live_one_writes_is_not(
     assert names(store) == []
 
 
+def test_an_open_checkpoint_can_be_read_when_it_was_deleted(store: CheckpointStore, machine: ShardMachine) -> None:
+    checkpoint = put(store, machine)
+    with contextlib.closing(OpenCheckpoint(checkpoint)) as opened:
+        checkpoint.path.unlink()
+        opened.verify()
+        assert_same(opened.load(), machine)
+
+
 # ---- damage
 
 
 def refused(store: CheckpointStore, checkpoint: Checkpoint, words: str | None = None) -> None:
-    for use in (store.verify, store.load):
+    for use in (verify, store.load):
         with pytest.raises(CheckpointUnusable, match=words):
             use(checkpoint)
 
@@ -160,9 +174,9 @@ def test_every_flipped_bit_is_noticed(store: CheckpointStore, machine: ShardMach
         raw[offset] ^= 1 << int(rng.integers(8))
         checkpoint.path.write_bytes(raw)
         with pytest.raises(CheckpointUnusable):
-            store.verify(checkpoint)
+            verify(checkpoint)
     checkpoint.path.write_bytes(whole)
-    store.verify(checkpoint)
+    verify(checkpoint)
 
 
 def test_a_file_that_is_too_short_or_too_long_is_noticed(store: CheckpointStore, machine: ShardMachine) -> None:
@@ -192,7 +206,7 @@ def test_a_file_under_the_name_of_another_is_refused(store: CheckpointStore, mac
     other = Checkpoint(SHARD, P2, checkpoint.path.with_name(f"{format_id(P2)}.checkpoint"))
     checkpoint.path.rename(other.path)
     refused(store, other, "it holds log entry .* of shard 2")
-    refused(store, checkpoint, "it is gone")
+    refused(store, checkpoint, "it cannot be opened: No such file")
 
 
 def test_a_file_of_another_version_is_refused(
@@ -210,7 +224,7 @@ def with_columns(store: CheckpointStore, machine: ShardMachine, changed: Columns
 
 def test_records_of_another_layout_are_read_field_by_field(store: CheckpointStore, machine: ShardMachine) -> None:
     checkpoint = with_columns(store, machine, {"records": rearranged(machine.columns()["records"])})
-    store.verify(checkpoint)
+    verify(checkpoint)
     assert_same(store.load(checkpoint), machine)
 
 
@@ -228,7 +242,7 @@ def test_settings_that_this_program_does_not_follow_are_refused(
 ) -> None:
     checkpoint = put(store, machine)
     monkeypatch.setattr("geoindex.shard.EMISSION_VERSION", 99)
-    for use in (store.verify, store.load):
+    for use in (verify, store.load):
         with pytest.raises(SettingsRefused, match="emission version must be 99"):
             use(checkpoint)
 
@@ -439,6 +453,18 @@ def test_a_disk_that_is_full_costs_checkpoints_and_trims_nothing(
     assert flow.positions() == []
     assert client.get(trimmed_key(SHARD)) is None
     flow.until(flow.positions)
+
+
+def test_a_checkpoint_that_was_chosen_stays_until_it_is_loaded(start: Callable[..., Flow]) -> None:
+    flow = start()
+    positions = [flow.tick() for _ in range(3)]
+    put(flow.store, flow.machine, positions[0])
+    flow.done(positions[2])
+    assert flow.checkpointer.begin(SHARD) == positions[0]
+    for position in positions[1:]:
+        put(flow.store, flow.machine, position)
+    assert positions[0] not in flow.positions()
+    assert flow.checkpointer.machine_at(SHARD, positions[0]).clock_ms == flow.machine.clock_ms
 
 
 def test_a_silent_log_is_left_alone(start: Callable[..., Flow], monkeypatch: pytest.MonkeyPatch) -> None:

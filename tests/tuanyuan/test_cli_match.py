@@ -287,7 +287,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_alert_event(folder: Path, ran
     assert (ran["byte order mark"].code, result(folder, ran["byte order mark"])) == (0, PUSHES)
 
 
-@pytest.mark.xfail(strict=True, reason="Ctrl-C ends in a panic of Rust and a traceback")
 def test_ctrl_c_ends_a_run_without_a_traceback_and_without_a_result(folder: Path, tmp_path: Path) -> None:
     assert folder.exists()  # kernels are compiled
     (tmp_path / "long.csv").write_text("device_id,lat,lng,observed_at\n" + f"near,30.7,104,{AT_14_45}\n" * 2_000_000)

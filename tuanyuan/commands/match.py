@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,15 @@ def _run(pings: Path, alerts: Path, settings: Settings, batch_rows: int) -> tupl
             progress.update(task, completed=reader.bytes_read)
 
         source = RecordingSource(recording, moved)
-        run_main(build_flow(source, CollectingSink(collected, settings.shard_count), lambda _shard: ShardMachine()))
+        flow = build_flow(source, CollectingSink(collected, settings.shard_count), lambda _shard: ShardMachine())
+        # An exception in the midst of the engine would end in a panic of its own: Ctrl-C ends the recording instead.
+        before = signal.signal(signal.SIGINT, lambda _number, _frame: source.stop())
+        try:
+            run_main(flow)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if source.stopped:
+            raise KeyboardInterrupt
         if source.problem is not None:
             raise source.problem
     return collected, [reader.set_aside, refused_alerts]
