@@ -174,6 +174,7 @@ class Checkpointer:
             if problem is None:
                 return checkpoint.position
             reasons.append(problem)
+        self._hold(shard, None)
         if facts.trimmed != FIRST:
             raise LogTooShort(
                 f"shard {shard} cannot be started: {'; '.join(reasons) or 'there is no checkpoint'} "
@@ -384,8 +385,12 @@ class Checkpointer:
         with self._changed:
             seat, generation, waits = lane.seat, lane.generation, lane.written is not None
         soon_s = min(RETRY_S, self._interval_s)
-        if seat is None or waits:
-            # Nothing has been read yet; or pushes are held up, and so would be a newer checkpoint.
+        if seat is None:
+            # Nothing has been read yet, or its machine is in another process.
+            self._hold(shard, None)
+            return soon_s
+        if waits:
+            # Pushes are held up, and so would be a newer checkpoint.
             return soon_s
         started_s = time.monotonic()
         try:
