@@ -211,8 +211,8 @@ class CheckpointStore:
 class OpenCheckpoint:
     """A checkpoint that can be read, also when it was deleted meanwhile.
 
-    Opening, `verify` and `load` raise CheckpointUnusable. The latter two also raise SettingsRefused, if this program does
-    not follow its settings, and MemoryError.
+    Opening, `verify` and `load` raise CheckpointUnusable; the latter two also SettingsRefused, if this program does not
+    follow its settings, and MemoryError.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

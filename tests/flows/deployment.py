@@ -51,6 +51,9 @@ HOME_LAT, HOME_LNG = 30.0, 114.0
 KM = 1 / 111.19508
 """Degrees of latitude."""
 
+PATIENCE_S = 60.0
+"""For what takes a tenth of a second on a machine that does nothing else."""
+
 QueueEntries = list[tuple[bytes, dict[bytes, bytes]]]
 
 
@@ -212,7 +215,7 @@ class Deployment:
     def settle(self) -> None:
         """Until all that stands in the logs now is done."""
         heads = self.heads()
-        eventually(lambda: all(self.done(shard) >= heads[shard] for shard in SHARDS), timeout_s=20)
+        eventually(lambda: all(self.done(shard) >= heads[shard] for shard in SHARDS), timeout_s=PATIENCE_S)
 
     def wait_for_checkpoints(self, count: int = 1) -> None:
         """Until every shard has `count` new final ones."""
@@ -222,7 +225,7 @@ class Deployment:
             def all_newer(newest: list[list[LogId]] = newest) -> bool:
                 return all(self.positions(shard)[:1] != newest[shard] for shard in SHARDS)
 
-            eventually(all_newer, timeout_s=20)
+            eventually(all_newer, timeout_s=PATIENCE_S)
 
     # ---- accounts
 

@@ -111,7 +111,7 @@ class ForkedFlow:
     def is_alive(self) -> bool:
         return self._process.is_alive()
 
-    def wait(self, timeout_s: float = 15.0) -> int:
+    def wait(self, timeout_s: float = 60.0) -> int:
         """Until it has ended; its exit code, negative for a signal."""
         self._process.join(timeout_s)
         code = self._process.exitcode

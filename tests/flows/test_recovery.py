@@ -21,7 +21,17 @@ import pytest
 from flows.log import format_id, last_id, log_key, parse_id
 from flows.server import EmbeddedServer
 from flows.wire import decode_push
-from tests.flows.deployment import SHARD_COUNT, SHARDS, Deployment, LogKeeper, QueueEntries, deployed, ping, told_in
+from tests.flows.deployment import (
+    PATIENCE_S,
+    SHARD_COUNT,
+    SHARDS,
+    Deployment,
+    LogKeeper,
+    QueueEntries,
+    deployed,
+    ping,
+    told_in,
+)
 from tests.flows.forked_flow import CRASHES, ForkedFlow
 from tests.flows.waiting import eventually
 from tuanyuan.console import EXIT_REFUSED
@@ -114,7 +124,7 @@ def test_a_ring_that_grew_while_no_flow_ran_tells_whom_it_reached_then(tmp_path:
         assert deployment.desk.now_ms() < grows_ms
         time.sleep((grows_ms + 100 - deployment.desk.now_ms()) / 1000)
         flow = deployment.flow(**AT_THE_END)
-        eventually(lambda: told_in(deployment.queues()), timeout_s=10)
+        eventually(lambda: told_in(deployment.queues()), timeout_s=PATIENCE_S)
         assert flow.stop() == 0
         ((_, fields),) = [entry for entries in deployment.queues().values() for entry in entries]
         push = decode_push(fields[b"alert"])
@@ -197,7 +207,7 @@ def test_a_bytewax_cluster_goes_on_where_single_processes_stopped_and_they_where
             deployment.settle()
             for process in processes:
                 process.terminate()
-            assert [process.wait(15) for process in processes] == [0, 0], (tmp_path / "cluster.log").read_text()
+            assert [process.wait(PATIENCE_S) for process in processes] == [0, 0], (tmp_path / "cluster.log").read_text()
         for shard in SHARDS:
             assert deployment.positions(shard)[0] == deployment.done(shard)
         deployment.check(pushes_min=500)
@@ -258,7 +268,7 @@ def test_without_a_usable_checkpoint_a_whole_log_is_read_from_its_beginning(stop
 
 def test_a_deleted_folder_and_a_trimmed_log_are_refused_by_name(stopped: Deployment) -> None:
     trimming, sender = stopped.flow(**OFTEN), stopped.sender()
-    eventually(lambda: all(stopped.trimmed(shard) > (0, 0) for shard in SHARDS), timeout_s=20)
+    eventually(lambda: all(stopped.trimmed(shard) > (0, 0) for shard in SHARDS), timeout_s=PATIENCE_S)
     sender.end()
     trimming.stop()
     shutil.rmtree(stopped.var / "checkpoints")
