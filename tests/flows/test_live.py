@@ -703,7 +703,7 @@ def test_a_flow_that_is_killed_again_and_again_pushes_everything_exactly_once(tm
                 stage.to_the_logs(desk.update(f"alert-{life - 1}-0", {"lat": HOME_LAT + 2 * KM}))
                 stage.to_the_logs(desk.close(f"alert-{life - 1}-1", "found"))
             flow = stage.start_flow()
-        by_mistake = stage.start_flow(from_checkpoint=False)
+        by_mistake = stage.start_flow()
         stage.publish(growing_alert("last", desk.now_ms(), 0.2, 0.2))
         time.sleep(0.5)
         assert flow.stop(signal.SIGINT) == 0
