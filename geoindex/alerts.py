@@ -19,7 +19,7 @@ import numpy as np
 
 from geoindex import match_kernels as kernels
 from geoindex.cell_kernels import chord2_max
-from geoindex.columns import F64, U32, U64
+from geoindex.columns import F64, U32, U64, ToldAs
 from geoindex.entries import AUTO_CLOSE_MS, Alert
 from geoindex.rings import Cover, cover_circle, growth_times_ms, radius_km, unit_vector
 from geoindex.snapshot import AlertState
@@ -92,10 +92,12 @@ class AlertIndex:
     def words(self) -> int:
         return self.slot_count // WORD_ALERTS
 
-    def in_slot(self, slot: int) -> OpenAlert:
-        found = self._by_slot[slot]
-        assert found is not None, f"alert slot {slot} is free"
-        return found
+    def told_as(self) -> tuple[ToldAs | None, ...]:
+        """What a push says of its alert, by slot; None: the slot is free."""
+        return tuple(
+            None if opened is None else (opened.alert.alert_id, opened.alert.revision, opened.ring_km)
+            for opened in self._by_slot
+        )
 
     def set_partners(self, partners: tuple[str, ...]) -> None:
         """Take the settings' list of partners (it only ever grows) and resolve every audience anew."""

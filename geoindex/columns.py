@@ -17,8 +17,9 @@ that a kernel never meets a column of the wrong kind.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -110,3 +111,84 @@ class Push(NamedTuple):
         raw = self.id_bytes.tobytes()
         ends = self.id_end.tolist()
         return [raw[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+ToldAs = tuple[str, int, float]
+"""Alert id, revision and ring in km."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushColumns:
+    """Many pushes of kind `alert` that one batch of pings caused, in queue order: most of them hold one device.
+
+    Push i is about `alerts[alert[i]]`, to the partner `partner[i]`, at `at_ms[i]`, and holds the ids `id_stop[i - 1]`
+    to `id_stop[i]` (0 before the first). As objects, one a push, they would cost a seventh of the matching.
+
+        alerts     what is said of each alert that occurs, at its position
+        alert      u32[n], partner u16[n], at_ms i64[n], id_stop u32[n]
+        id_bytes   u8, id_end u32[ids]: as in `PingBatch`
+    """
+
+    alerts: tuple[ToldAs | None, ...]
+    alert: U32
+    partner: U16
+    at_ms: I64
+    id_stop: U32
+    id_bytes: U8
+    id_end: U32
+
+    def __len__(self) -> int:
+        return len(self.alert)
+
+    def __iter__(self) -> Iterator[Push]:
+        first_id = first_byte = 0
+        rows = zip(self.alert.tolist(), self.partner.tolist(), self.at_ms.tolist(), self.id_stop.tolist(), strict=True)
+        for alert, partner, at_ms, id_stop in rows:
+            told_as = self.alerts[alert]
+            assert told_as is not None, f"no alert stands at {alert}"
+            alert_id, revision, ring_km = told_as
+            id_end = self.id_end[first_id:id_stop]
+            last_byte = int(id_end[-1])
+            yield Push(
+                partner,
+                alert_id,
+                revision,
+                "alert",
+                ring_km,
+                at_ms,
+                self.id_bytes[first_byte:last_byte],
+                id_end - np.uint32(first_byte),
+            )
+            first_id, first_byte = id_stop, last_byte
+
+
+class Pushes(Sequence[Push]):
+    """What one log entry caused, in queue order. `segments`: the same, with many pushes as columns where there are."""
+
+    __slots__ = ("_count", "segments")
+
+    def __init__(self, segments: Sequence[Push | PushColumns] = ()) -> None:
+        self.segments = segments
+        self._count = sum(len(segment) if isinstance(segment, PushColumns) else 1 for segment in segments)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Push]:
+        for segment in self.segments:
+            if isinstance(segment, PushColumns):
+                yield from segment
+            else:
+                yield segment
+
+    @overload
+    def __getitem__(self, index: int) -> Push: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Push]: ...
+    def __getitem__(self, index: int | slice) -> Push | Sequence[Push]:
+        return list(self)[index]
+
+    @property
+    def device_count(self) -> int:
+        """Devices over all pushes."""
+        return sum(len(segment.id_end) for segment in self.segments)

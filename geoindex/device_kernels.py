@@ -1,6 +1,9 @@
 """Loops over the device table: find, insert, wipe, free, gather.
 
-    index      u32[slots]     0: empty; else 5-bit tag << 27 | row + 1. Linear probing from scaled(fingerprint, slots)
+    index      u32[lines * 16]  lines of 16 entries, one cache line each; 0: empty, else 5-bit tag << 27 | row + 1.
+                              An entry stands in its home line, scaled(fingerprint, lines), or, where that is full,
+                              in the next line that is not; within a line as near behind its home lane as there is
+                              room
     records    RECORD[rows]   one cache line a device; `id_length` 0: the row is free
     cell       u32[rows]      dense cell number, NO_CELL where there is no location
     told       u64[rows, words]
@@ -22,7 +25,7 @@ import numpy.typing as npt
 from geoindex.cell_kernels import at
 from geoindex.columns import I64, U8, U32, U64
 from geoindex.kernels import scaled
-from geoindex.numba_typing import inline_kernel, lean_kernel, prefetch
+from geoindex.numba_typing import inline_kernel, lanes_equal, lean_kernel, lowest_bit, prefetch
 
 HEAD_BYTES = 12
 """Bytes of an id kept in its record."""
@@ -59,6 +62,13 @@ ROWS_MAX = (1 << TAG_SHIFT) - 1
 ROW_MASK = ROWS_MAX
 TAG_MASK = (1 << (32 - TAG_SHIFT)) - 1
 
+LINE_SLOTS = 16
+"""Entries of a line of the index: 64 bytes, which must begin at a multiple of 64."""
+LINE_MASK = (1 << LINE_SLOTS) - 1
+HOME_LANE_SHIFT = 5
+"""Bits of the fingerprint behind the tag's; `scaled` takes the highest."""
+PLACE_AHEAD_ROWS = 16
+
 # Indices into `counts`.
 ROWS = 0  # rows ever given: the scans' end
 FREE = 1  # of them, free again
@@ -83,85 +93,133 @@ class DeviceColumns(NamedTuple):
 
 
 @inline_kernel
+def tag_of(a: np.uint64) -> int:
+    """Five bits of a fingerprint, 1 to 31: an empty entry has none of them."""
+    return np.int64(max(a & np.uint64(TAG_MASK), np.uint64(1)))
+
+
+@inline_kernel
+def home_slot(a: np.uint64, slots: int) -> int:
+    """First slot of a fingerprint's home line: what to prefetch."""
+    return scaled(a, np.uint64(slots // LINE_SLOTS)) * LINE_SLOTS
+
+
+@inline_kernel
+def from_home_lane(lanes: np.uint64, a: np.uint64) -> np.uint64:
+    """A set of lanes, u16, turned so that bit 0 is the fingerprint's home lane."""
+    return ((lanes | lanes << np.uint64(LINE_SLOTS)) >> home_lane(a)) & np.uint64(LINE_MASK)
+
+
+@inline_kernel
+def home_lane(a: np.uint64) -> np.uint64:
+    """Where in a line a fingerprint's entry would like to be: then the first of equal tags is nearly always its own."""
+    return (a >> np.uint64(HOME_LANE_SHIFT)) & np.uint64(LINE_SLOTS - 1)
+
+
+@inline_kernel
+def nearest_slot(line: int, turned: np.uint64, a: np.uint64) -> int:
+    """The slot of the first lane in a turned set that is not empty."""
+    return line + np.int64((home_lane(a) + np.uint64(lowest_bit(turned))) & np.uint64(LINE_SLOTS - 1))
+
+
+@inline_kernel
+def next_line(line: int, slots: int) -> int:
+    """The line behind a line, cyclically."""
+    line += LINE_SLOTS
+    return 0 if line == slots else line
+
+
+@inline_kernel
 def find(index: U32, records: Records, a: np.uint64, b: np.uint64) -> int:
     """Row of the device with fingerprint (a, b), or -1."""
     slots = len(index)
-    slot = scaled(a, np.uint64(slots))
-    tag = a & np.uint64(TAG_MASK)
+    line = home_slot(a, slots)
+    tag = tag_of(a)
     while True:
-        entry = index[at(slot)]
-        if entry == 0:
-            return np.int64(-1)
-        if np.uint64(entry >> TAG_SHIFT) == tag:
-            row = np.int64(entry & ROW_MASK) - 1
+        lanes = from_home_lane(lanes_equal(index, line, TAG_SHIFT, tag), a)
+        while lanes != 0:
+            row = np.int64(index[at(nearest_slot(line, lanes, a))] & ROW_MASK) - 1
             if records[at(row)].fingerprint_a == a and records[at(row)].fingerprint_b == b:
                 return row
-        slot += 1
-        if slot == slots:
-            slot = 0
+            lanes &= lanes - np.uint64(1)
+        if lanes_equal(index, line, 0, 0) != 0:
+            return np.int64(-1)
+        line = next_line(line, slots)
 
 
 @inline_kernel
 def candidate(index: U32, a: np.uint64) -> int:
     """The first row whose tag fits, or -1: a guess good enough to prefetch by, without touching a record."""
     slots = len(index)
-    slot = scaled(a, np.uint64(slots))
-    tag = a & np.uint64(TAG_MASK)
+    line = home_slot(a, slots)
+    tag = tag_of(a)
     while True:
-        entry = index[at(slot)]
-        if entry == 0:
+        lanes = from_home_lane(lanes_equal(index, line, TAG_SHIFT, tag), a)
+        if lanes != 0:
+            return np.int64(index[at(nearest_slot(line, lanes, a))] & ROW_MASK) - 1
+        if lanes_equal(index, line, 0, 0) != 0:
             return np.int64(-1)
-        if np.uint64(entry >> TAG_SHIFT) == tag:
-            return np.int64(entry & ROW_MASK) - 1
-        slot += 1
-        if slot == slots:
-            slot = 0
+        line = next_line(line, slots)
 
 
 @inline_kernel
 def place(index: U32, a: np.uint64, row: int) -> None:
     """Write the index entry of a row that is not in it. There is always an empty slot."""
     slots = len(index)
-    slot = scaled(a, np.uint64(slots))
-    while index[slot] != 0:
-        slot += 1
-        if slot == slots:
-            slot = 0
-    index[slot] = np.uint32((a & np.uint64(TAG_MASK)) << np.uint64(TAG_SHIFT)) | np.uint32(row + 1)
+    line = home_slot(a, slots)
+    empty = from_home_lane(lanes_equal(index, line, 0, 0), a)
+    while empty == 0:
+        line = next_line(line, slots)
+        empty = from_home_lane(lanes_equal(index, line, 0, 0), a)
+    index[nearest_slot(line, empty, a)] = np.uint32(tag_of(a) << TAG_SHIFT) | np.uint32(row + 1)
 
 
 @lean_kernel
 def place_all(index: U32, records: Records, counts: I64) -> None:
     """Fill an empty index from the records."""
-    for row in range(counts[ROWS]):
+    rows = counts[ROWS]
+    for row in range(rows):
+        if row + PLACE_AHEAD_ROWS < rows:
+            prefetch(index, home_slot(records[row + PLACE_AHEAD_ROWS].fingerprint_a, len(index)))
         if records[row].id_length != 0:
             place(index, records[row].fingerprint_a, row)
 
 
 @inline_kernel
 def unplace(index: U32, records: Records, a: np.uint64, row: int) -> None:
-    """Remove a row's index entry, closing the gap by shifting back (Knuth, TAOCP 3, 6.4, algorithm R)."""
+    """Remove a row's index entry, and let an entry that had to go further move back into its place.
+
+    Between an entry's home line and the line it stands in all lines are full: that is why a search may end at a line
+    with room. So if the line was full, an entry from the lines behind it whose home lies at or before the gap moves in
+    (Knuth, TAOCP 3, 6.4, algorithm R, by lines instead of slots), which may leave a gap in a line that was full, too.
+    """
     slots = len(index)
-    slot = scaled(a, np.uint64(slots))
-    while np.int64(index[slot] & ROW_MASK) != row + 1:
-        slot += 1
-        if slot == slots:
-            slot = 0
-    gap = slot
-    while True:
-        slot += 1
-        if slot == slots:
-            slot = 0
-        entry = index[slot]
-        if entry == 0:
-            break
-        home = scaled(records[np.int64(entry & ROW_MASK) - 1].fingerprint_a, np.uint64(slots))
-        # The entry may move back to the gap unless its home lies (cyclically) between the gap and itself.
-        between = (gap < home <= slot) if gap < slot else (home > gap or home <= slot)
-        if not between:
-            index[gap] = entry
-            gap = slot
-    index[gap] = 0
+    line = home_slot(a, slots)
+    entry = np.uint32(tag_of(a) << TAG_SHIFT) | np.uint32(row + 1)
+    lanes = lanes_equal(index, line, 0, entry)
+    while lanes == 0:
+        line = next_line(line, slots)
+        lanes = lanes_equal(index, line, 0, entry)
+    was_full = lanes_equal(index, line, 0, 0) == 0
+    gap, gap_slot = line, line + lowest_bit(lanes)
+    index[gap_slot] = 0
+    while was_full:
+        line = next_line(line, slots)
+        if line == gap:
+            return
+        full = lanes_equal(index, line, 0, 0) == 0
+        for slot in range(line, line + LINE_SLOTS):
+            if index[slot] == 0:
+                continue
+            home = home_slot(records[np.int64(index[slot] & ROW_MASK) - 1].fingerprint_a, slots)
+            # It may move to the gap unless its home lies (cyclically) behind the gap, up to where it stands.
+            behind = (gap < home <= line) if gap < line else (home > gap or home <= line)
+            if not behind:
+                index[gap_slot] = index[slot]
+                index[slot] = 0
+                gap, gap_slot = line, slot
+                break
+        was_full = full
 
 
 @inline_kernel
@@ -308,6 +366,19 @@ def id_ends(records: Records, rows: U32, id_end: U32) -> None:
         id_end[position] = end
 
 
+@inline_kernel
+def copy_id(records: Records, heap: U8, row: int, id_bytes: U8, byte: int) -> int:
+    """A row's id -> `id_bytes` from `byte` on; returns the position behind it."""
+    record = records[row]
+    length = np.int64(record.id_length)
+    for offset in range(min(length, HEAD_BYTES)):
+        id_bytes[byte + offset] = record.head[offset]
+    tail = np.int64(record.tail) * TAIL_UNIT_BYTES - HEAD_BYTES
+    for offset in range(HEAD_BYTES, length):
+        id_bytes[byte + offset] = heap[tail + offset]
+    return byte + length
+
+
 @lean_kernel
 def gather_ids(records: Records, heap: U8, rows: U32, id_bytes: U8) -> None:
     """Ids of rows, end to end -> `id_bytes` u8[id_end[-1]]."""
@@ -315,11 +386,4 @@ def gather_ids(records: Records, heap: U8, rows: U32, id_bytes: U8) -> None:
     for position in range(len(rows)):
         if position + 16 < len(rows):
             prefetch(heap, np.int64(records[rows[position + 16]].tail) * TAIL_UNIT_BYTES)
-        record = records[rows[position]]
-        length = np.int64(record.id_length)
-        for offset in range(min(length, HEAD_BYTES)):
-            id_bytes[byte + offset] = record.head[offset]
-        tail = np.int64(record.tail) * TAIL_UNIT_BYTES - HEAD_BYTES
-        for offset in range(HEAD_BYTES, length):
-            id_bytes[byte + offset] = heap[tail + offset]
-        byte += length
+        byte = copy_id(records, heap, rows[position], id_bytes, byte)

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 INDEX_SLOTS_MIN = 1024
 INDEX_LOAD_MAX = 0.7
-"""Used share of the index beyond which it is rebuilt; a lookup then sees 2.5 entries on average (Knuth, 6.4)."""
+"""Used share of the index beyond which it is rebuilt: 6 % of its lines are full then (Poisson, mean 11.2 of 16)."""
 INDEX_GROWTH = 1.6
 WORD_ALERTS = 64
 ROWS_MAX_MIN = 1 << 20
@@ -81,7 +81,7 @@ class DeviceTable:
         self.rows_max = rows_max
         self._told_words = 1
         self.columns = DeviceColumns(
-            index=np.zeros(INDEX_SLOTS_MIN, np.uint32),
+            index=_reserve((INDEX_SLOTS_MIN,), np.uint32),  # type: ignore[arg-type]
             records=_reserve((rows_max,), RECORD),  # type: ignore[arg-type]
             cell=_reserve((rows_max,), np.uint32),  # type: ignore[arg-type]
             told=_reserve((rows_max, 1), np.uint64),  # type: ignore[arg-type]
@@ -158,9 +158,10 @@ class DeviceTable:
             self._make_index(int(max(slots * INDEX_GROWTH, needed / INDEX_LOAD_MAX + 1)))
 
     def _make_index(self, slots: int) -> None:
-        slots = max(INDEX_SLOTS_MIN, slots)
+        slots = -(-max(INDEX_SLOTS_MIN, slots) // kernels.LINE_SLOTS) * kernels.LINE_SLOTS
+        # The old one's memory first. Pages begin at multiples of 64, as lines must.
         self.columns = self.columns._replace(index=np.zeros(0, np.uint32))
-        self.columns = self.columns._replace(index=np.zeros(slots, np.uint32))
+        self.columns = self.columns._replace(index=_reserve((slots,), np.uint32))  # type: ignore[arg-type]
         kernels.place_all(self.columns.index, self.columns.records, self.columns.counts)
 
     def make_alert_room(self, alert_count: int) -> None:

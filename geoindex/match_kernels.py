@@ -30,11 +30,13 @@ from geoindex.device_kernels import (
     ROWS,
     DeviceColumns,
     candidate,
+    copy_id,
     find,
+    home_slot,
     insert,
 )
-from geoindex.kernels import hash_id, scaled
-from geoindex.numba_typing import inline_kernel, lean_kernel, lowest_bit, prefetch
+from geoindex.kernels import hash_id
+from geoindex.numba_typing import inline_kernel, kernel, lean_kernel, lowest_bit, prefetch
 
 if TYPE_CHECKING:
     from geoindex.alerts import AlertColumns
@@ -307,7 +309,7 @@ def apply_pings(
             a, b = hash_id(id_bytes, hash_start, end, partner[at(hashed)], secrets)
             fingerprint_a[at(hashed & RING_MASK)] = a
             fingerprint_b[at(hashed & RING_MASK)] = b
-            prefetch(index, scaled(a, np.uint64(len(index))))
+            prefetch(index, home_slot(a, len(index)))
             hash_start = end
         # 2. Guess the row of one nearer, and ask for its record.
         guessed = ping + AHEAD_PINGS
@@ -411,3 +413,52 @@ def scan_ring(
         record.stay_lat = 0
         record.stay_lng = 0
     return hits
+
+
+@kernel
+def group_hits(
+    table: DeviceColumns,
+    hit_row: U32,
+    hit_slot: U32,
+    hit_ping: U32,
+    at_ms: I64,
+    at_step: int,
+    push_ids_max: int,
+    alert: U32,
+    partner: U16,
+    push_at_ms: I64,
+    id_stop: U32,
+    id_bytes: U8,
+    id_end: U32,
+) -> int:
+    """Hits of pings, in the pings' order -> columns of pushes (`columns.PushColumns`); returns how many pushes.
+
+    By moment, alert slot and partner, within these in the pings' order, at most `push_ids_max` ids each. Every output
+    column has room for `len(hit_row)`, at least 1; `id_bytes` for 64 times as many.
+    """
+    hits = len(hit_row)
+    records = table.records
+    keys = np.empty(hits, np.int64)
+    moment = 0
+    for hit in range(hits):
+        # Moments never run backwards: their number orders them. Slots and partners have 16 bits each at most.
+        if hit > 0 and at_ms[np.int64(hit_ping[hit]) * at_step] != at_ms[np.int64(hit_ping[hit - 1]) * at_step]:
+            moment += 1
+        keys[hit] = (moment << 32) | (np.int64(hit_slot[hit]) << 16) | np.int64(records[hit_row[hit]].partner)
+    order = np.argsort(keys, kind="mergesort")
+    pushes = 0
+    in_push = push_ids_max
+    byte = 0
+    for place in range(hits):
+        hit = order[place]
+        if in_push == push_ids_max or keys[hit] != keys[order[place - 1]]:
+            alert[pushes] = hit_slot[hit]
+            partner[pushes] = records[hit_row[hit]].partner
+            push_at_ms[pushes] = at_ms[np.int64(hit_ping[hit]) * at_step]
+            pushes += 1
+            in_push = 0
+        in_push += 1
+        byte = copy_id(records, table.heap, hit_row[hit], id_bytes, byte)
+        id_end[place] = byte
+        id_stop[pushes - 1] = place + 1
+    return pushes

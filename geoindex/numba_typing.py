@@ -1,9 +1,10 @@
-"""How this project spells Numba: typed decorators, and the two machine instructions Python has no word for.
+"""How this project spells Numba: typed decorators, and the machine instructions Python has no word for.
 
     kernel          a loop that Python calls: compiled, cached on disk, runs without the GIL
     inline_kernel   a step that kernels call: always merged into its caller, so that it costs no call
     prefetch        asks for a cache line before it is needed
     mulhi_lo        64 x 64 -> 128 bit product
+    lanes_equal     compares the 16 numbers of a cache line at once
 
 No fastmath anywhere: the shard machine must give the same bits on every run and every machine, so LLVM may neither
 reorder sums nor fuse a multiplication with an addition.
@@ -168,3 +169,43 @@ def _lowest_bit(_typing_context: Any, word: Any) -> Any:
 
 lowest_bit = cast(Callable[[Any], int], intrinsic(_lowest_bit))
 """`lowest_bit(word)`, inside kernels only: position of the lowest set bit of a u64 that is not 0, as int64."""
+
+
+LANES = 16
+
+
+def _lanes_equal(_typing_context: Any, array: Any, index: Any, shift: Any, value: Any) -> Any:
+    """Build `lanes_equal`: one vector load, shift and comparison, whose result is taken as a number."""
+    if not isinstance(array, _types.Array) or array.dtype != _types.uint32:
+        return None
+    if not all(isinstance(argument, _types.Integer) for argument in (index, shift, value)):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array_type, index_type, shift_type, value_type = signature.args
+        array_value = context.make_array(array_type)(context, builder, arguments[0])
+        position = context.cast(builder, arguments[1], index_type, _types.intp)
+        address = _cgutils.get_item_pointer(context, builder, array_type, array_value, [position], wraparound=False)
+        vector = ir.VectorType(ir.IntType(32), LANES)
+        line = builder.load(builder.bitcast(address, vector.as_pointer()), align=4 * LANES)
+
+        def in_all_lanes(argument: Any, argument_type: Any) -> Any:
+            number = context.cast(builder, argument, argument_type, _types.uint32)
+            lanes = ir.Constant(vector, ir.Undefined)
+            for lane in range(LANES):
+                lanes = builder.insert_element(lanes, number, ir.IntType(32)(lane))
+            return lanes
+
+        shifted = builder.lshr(line, in_all_lanes(arguments[2], shift_type))
+        equal = builder.icmp_unsigned("==", shifted, in_all_lanes(arguments[3], value_type))
+        return builder.zext(builder.bitcast(equal, ir.IntType(LANES)), ir.IntType(64))
+
+    return _types.uint64(array, index, shift, value), generate
+
+
+lanes_equal = cast(Callable[[npt.NDArray[np.uint32], Any, Any, Any], np.uint64], intrinsic(_lanes_equal))
+"""`lanes_equal(array, index, shift, value)`, inside kernels only: which of `array[index : index + 16] >> shift` equal
+`value`, as a u64 of 16 bits, the first number's being the lowest.
+
+`array`: u32, contiguous; `index`: where 16 numbers begin that fill one cache line (the address is a multiple of 64).
+"""

@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
 from geoindex import match_kernels as kernels
 from geoindex.alerts import NEVER, AlertIndex, OpenAlert
 from geoindex.cells import cell_tables
-from geoindex.columns import I64, U8, U32, PingBatch, Push
+from geoindex.columns import I64, ID_BYTES_MAX, U8, U32, PingBatch, Push, PushColumns, Pushes, ToldAs
 from geoindex.devices import DeviceTable, TableSize
 from geoindex.entries import (
     EMISSION_VERSION,
@@ -87,6 +86,8 @@ class ShardMachine:
         self._hit_slot = np.empty(0, np.uint32)
         self._hit_ping = np.empty(0, np.uint32)
         self._scratch = kernels.ping_scratch()
+        self._told_as: tuple[ToldAs | None, ...] | None = None
+        """What pushes of pings say of their alert, by slot; None: not known, something has changed."""
 
     @property
     def settings(self) -> Settings:
@@ -107,7 +108,7 @@ class ShardMachine:
             for opened in self._alerts.open.values()
         ]
 
-    def apply(self, at_ms: int, entry: LogEntry) -> list[Push]:
+    def apply(self, at_ms: int, entry: LogEntry) -> Pushes:
         """Apply one log entry with the time in its id; returns what it causes, in queue order.
 
         Raises SettingsRefused (before any change) for settings that this program does not follow.
@@ -118,7 +119,7 @@ class ShardMachine:
             raise SettingsRefused("a shard log must begin with a settings entry")
         assert at_ms >= self.clock_ms, f"a log's time never runs backwards, got {at_ms} after {self.clock_ms}"
         if isinstance(entry, PingBatch):
-            return list(self._apply_pings(at_ms, entry))
+            return Pushes(list(self._apply_pings(at_ms, entry)))
         pushes = list(self._advance(at_ms))
         match entry:
             case Settings():
@@ -128,7 +129,7 @@ class ShardMachine:
             case Tick():
                 pass
         self._due_ms = self._alerts.next_due_ms()
-        return pushes
+        return Pushes(pushes)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -201,6 +202,7 @@ class ShardMachine:
 
     def _run_due(self, opened: OpenAlert) -> Iterator[Push]:
         alert = opened.alert
+        self._told_as = None
         if self.clock_ms <= alert.expires_at_ms:
             yield from self._meet_table(opened)
         elif opened.cover is not None:
@@ -246,6 +248,7 @@ class ShardMachine:
             self.counters.alert_events_ignored += 1
             return
         self._last_desk_id = event.desk_id
+        self._told_as = None
         if isinstance(event, AlertClose):
             yield from self._apply_close(event)
             return
@@ -317,7 +320,7 @@ class ShardMachine:
 
     # --- pings ------------------------------------------------------------------------------------------------------
 
-    def _apply_pings(self, entry_at_ms: int, batch: PingBatch) -> Iterator[Push]:
+    def _apply_pings(self, entry_at_ms: int, batch: PingBatch) -> Iterator[Push | PushColumns]:
         """Rules 1, 2, 6 and 7, row by row. A recording's rows carry their own clock: what is due runs between them."""
         # A copy: Numba compiles a kernel anew for a read-only column.
         at_ms = np.array([entry_at_ms], np.int64) if batch.at_ms is None else batch.at_ms.copy()
@@ -332,7 +335,8 @@ class ShardMachine:
             stop = len(batch) if at_step == 0 else max(int(np.searchsorted(at_ms, due_ms)), row + 1)
             while row < stop:
                 row = self._apply_some(batch, at_ms, at_step, row, stop, counts)
-                yield from self._push_hits(at_ms, at_step, int(counts[HITS]))
+                if counts[HITS]:
+                    yield self._push_hits(at_ms, at_step, int(counts[HITS]))
             self.clock_ms = int(at_ms[(stop - 1) * at_step])
         self._count(counts)
 
@@ -366,38 +370,39 @@ class ShardMachine:
             self._scratch,
         )
 
-    def _push_hits(self, at_ms: I64, at_step: int, hits: int) -> Iterator[Push]:
+    def _push_hits(self, at_ms: I64, at_step: int, hits: int) -> PushColumns:
         """Pushes of pings that met a ring: by moment, alert slot and partner; within these in the pings' order."""
-        if not hits:
-            return
-        rows, slots = self._hit_row[:hits], self._hit_slot[:hits]
-        moments = at_ms[self._hit_ping[:hits].astype(np.int64) * at_step]
-        partners = self._devices.partners_of(rows)
-        order = np.lexsort((partners, slots, moments))
-        id_bytes, id_end = self._devices.ids_of(rows[order])
+        alert, id_stop, id_end = (np.empty(hits, np.uint32) for _ in range(3))
+        partner = np.empty(hits, np.uint16)
+        moments = np.empty(hits, np.int64)
+        id_bytes = np.empty(hits * ID_BYTES_MAX, np.uint8)
+        pushes = kernels.group_hits(
+            self._devices.columns,
+            self._hit_row[:hits],
+            self._hit_slot,
+            self._hit_ping,
+            at_ms,
+            at_step,
+            self.settings.push_ids_max,
+            alert,
+            partner,
+            moments,
+            id_stop,
+            id_bytes,
+            id_end,
+        )
         self.counters.devices_pushed["alert"] += hits
-        slots, moments, partners = slots[order], moments[order], partners[order]
-        same = (slots[1:] == slots[:-1]) & (partners[1:] == partners[:-1]) & (moments[1:] == moments[:-1])
-        starts = [0, *(np.flatnonzero(~same) + 1).tolist(), hits]
-        ends = [0, *id_end.tolist()]
-        slot_of, moment_of, partner_of = slots.tolist(), moments.tolist(), partners.tolist()
-        ids_max = self.settings.push_ids_max
-        for group_start, group_stop in pairwise(starts):
-            opened = self._alerts.in_slot(slot_of[group_start])
-            alert = opened.alert
-            for start in range(group_start, group_stop, ids_max):
-                stop = min(start + ids_max, group_stop)
-                first_byte = ends[start]
-                yield Push(
-                    partner_of[start],
-                    alert.alert_id,
-                    alert.revision,
-                    "alert",
-                    opened.ring_km,
-                    moment_of[start],
-                    id_bytes[first_byte : ends[stop]],
-                    id_end[start:stop] - np.uint32(first_byte),
-                )
+        if self._told_as is None:
+            self._told_as = self._alerts.told_as()
+        return PushColumns(
+            self._told_as,
+            alert[:pushes],
+            partner[:pushes],
+            moments[:pushes],
+            id_stop[:pushes],
+            id_bytes[: int(id_end[-1])],
+            id_end,
+        )
 
     def _count(self, counts: I64) -> None:
         self.counters.pings_accepted += int(counts[ACCEPTED])

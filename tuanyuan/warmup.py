@@ -9,7 +9,8 @@ import numpy as np
 from flows.file_clock import NO_CLOCK, clock_of_arrivals, clock_of_observations
 from flows.log import RawEntry
 from flows.match import Entry, decode, step
-from flows.wire import encode_entry, encode_pings, encode_push, slice_pings, split_by_shard
+from flows.push_commands import PushCommands
+from flows.wire import encode_entry, encode_pings, slice_pings, split_by_shard
 from geoindex.columns import PingBatch
 from geoindex.entries import DEFAULT_SCHEDULE, HOUR_MS, Alert, AlertClose, AlertRevision, LogEntry, Settings, Tick
 from geoindex.shard import ShardMachine
@@ -49,8 +50,8 @@ def run_every_kernel() -> None:
         kind, payload = encode_entry(entry)
         decoded = decode(RawEntry(0, at_ms, seq, kind, payload, ""))
         assert isinstance(decoded, Entry)
-        for push in step(machine, decoded).pushes:
-            encode_push(push)
+        caused = step(machine, decoded)
+        PushCommands(0).add((at_ms, seq), caused.pushes.segments, caused.partners)
     # What a sender does, with columns of its own: Numba tells them from those that were decoded.
     two_shards = replace(settings, shard_count=2)
     for batch in (live, _recorded(live)):

@@ -7,14 +7,14 @@ import time
 
 import numpy as np
 
-from geoindex.columns import E7, F64, Push
+from geoindex.columns import E7, F64, Pushes
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, AlertRevision, Schedule, Tick
 from geoindex.shard import ShardMachine
 from loadtest.bench.brute_force import distance_km
 from loadtest.bench.inside import told_of
 from loadtest.bench.report import Report, Say
 from loadtest.bench.traffic import ALERT_COUNT, BATCH_PINGS, OFFLINE_MS, ActiveAlert, Traffic, active_alerts
-from loadtest.bench.warm import Rates, WarmMachine, id_count, measure_pings, warm_machine
+from loadtest.bench.warm import Rates, WarmMachine, measure_pings, warm_machine
 from loadtest.places import Place
 
 CELL_SAMPLE = 20_000
@@ -76,11 +76,11 @@ def _measure_growth(warm: WarmMachine, report: Report, say: Say) -> None:
         published = warm.machine.apply(now_ms, AlertRevision("publish", alert, (2, index + 1)))
         seconds, grown = _timed_tick(warm.machine, now_ms + round(STEP_S * 1000))
         whole_s.append(seconds)
-        new_ids.append(id_count(grown))
+        new_ids.append(grown.device_count)
         seconds, nobody = _timed_tick(warm.machine, now_ms + round(2 * STEP_S * 1000))
         scan_s.append(seconds)
         now_ms = warm.machine.clock_ms
-        warm.pushed_count += id_count(published) + id_count(grown) + id_count(nobody)
+        warm.pushed_count += published.device_count + grown.device_count + nobody.device_count
         warm.expected_count += int((distances_km <= grown_km + METRE_KM).sum())
         say(f"{name}: {whole_s[-1]:.3f} s for {new_ids[-1]:,} new devices, {scan_s[-1]:.3f} s for nobody")
         report.faults += _check_told(warm, ActiveAlert(alert, grown_km + METRE_KM), distances_km)
@@ -102,7 +102,7 @@ def _measure_growth(warm: WarmMachine, report: Report, say: Say) -> None:
     )
 
 
-def _timed_tick(machine: ShardMachine, at_ms: int) -> tuple[float, list[Push]]:
+def _timed_tick(machine: ShardMachine, at_ms: int) -> tuple[float, Pushes]:
     started_s = time.perf_counter()
     pushes = machine.apply(at_ms, Tick())
     return time.perf_counter() - started_s, pushes

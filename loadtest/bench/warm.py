@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from geoindex.columns import U32, PingBatch, Push
+from geoindex.columns import U32, PingBatch, Pushes
 from geoindex.entries import AlertRevision
 from geoindex.shard import ShardMachine
 from loadtest.bench.brute_force import BruteForce
@@ -42,10 +42,10 @@ class WarmMachine:
         """Pings, outside of any measurement."""
         self.take(sent, self.machine.apply(sent.at_ms, sent.pings))
 
-    def take(self, sent: SentPings, pushes: Iterable[Push]) -> None:
+    def take(self, sent: SentPings, pushes: Pushes) -> None:
         """Account for pings that the machine was given, and for what came out."""
         self.sent_count += len(sent.pings)
-        self.pushed_count += id_count(pushes)
+        self.pushed_count += pushes.device_count
         self.expected_count += len(self.expected.apply(sent)[0])
 
     def check(self, report: Report, cell_sample: int) -> None:
@@ -82,7 +82,7 @@ def warm_machine(
     say(f"{traffic.phone_count:,} devices known after {time.monotonic() - started_s:.0f} s")
     for index, active in enumerate(alerts):
         pushes = warm.machine.apply(OFFLINE_MS, AlertRevision("publish", active.alert, (1, index + 1)))
-        warm.pushed_count += id_count(pushes)
+        warm.pushed_count += pushes.device_count
     warm.expected_count += warm.expected.publish()
     if settle:
         for sent in traffic.batches(traffic.phone_count):
@@ -125,7 +125,7 @@ def measure_pings(
     while len(ns_per_ping) < repeats or measured_s < seconds_min:
         sent = list(warm.traffic.batches(ping_count, batch_pings))
         entries: list[tuple[int, PingBatch]] = [(batch.at_ms, as_decoded(batch.pings)) for batch in sent]
-        pushes: list[list[Push]] = []
+        pushes: list[Pushes] = []
         cpu_s, wall_s = time.thread_time(), time.perf_counter()
         for at_ms, pings in entries:
             pushes.append(machine.apply(at_ms, pings))
@@ -137,11 +137,6 @@ def measure_pings(
             warm.take(batch, caused)
     closely = machine.counters.pings_looked_at_closely - closely_before
     return Rates(ns_per_ping, cpu_ns_per_ping, closely / (len(ns_per_ping) * ping_count))
-
-
-def id_count(pushes: Iterable[Push]) -> int:
-    """Device ids in all of them."""
-    return sum(len(push.id_end) for push in pushes)
 
 
 def _sample(traffic: Traffic, phone_count: int) -> U32:

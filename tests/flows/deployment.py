@@ -34,7 +34,7 @@ from flows.log import (
     trimmed_key,
 )
 from flows.match import Entry, decode, step
-from flows.queues import push_id
+from flows.push_commands import push_id
 from flows.server import EmbeddedServer, connect, link_opener
 from flows.wire import PingColumns, decode_entry, decode_push, encode_push, screen_pings
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Settings

@@ -40,7 +40,8 @@ from flows.log import (
     read_settings,
 )
 from flows.metrics import read_stats
-from flows.queues import Consumer, log_id_of
+from flows.push_commands import log_id_of
+from flows.queues import Consumer
 from flows.server import EmbeddedServer, connect, link_opener
 from flows.wire import MalformedEntry, PingColumns, PushEntry, decode_entry, decode_push, screen_pings
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Schedule, Settings, Tick

@@ -436,7 +436,7 @@ def test_what_was_asked_for_before_a_seek_is_thrown_away(
     class Seeking(Link):
         seek_count = 0
 
-        def send(self, parts: Iterable[bytes]) -> None:
+        def send(self, parts: Iterable[bytes | memoryview]) -> None:
             parts = list(parts)
             super().send(parts)
             if b"XREAD" in parts[0] and not self.seek_count:

@@ -16,10 +16,11 @@ import redis
 from flows import queues
 from flows.log import LogId, RawEntry, done_key, format_id, parse_id, push_key
 from flows.metrics import Metrics
-from flows.queues import PUSH_COUNT_MAX, Consumer, PushWriter, log_id_of, push_id
+from flows.push_commands import PUSH_COUNT_MAX, log_id_of, push_id
+from flows.queues import Consumer, PushWriter
 from flows.server import EmbeddedServer, Link, LinkOpener, connect, link_opener
 from flows.wire import PushEntry, decode_push
-from geoindex.columns import Push, pack_ids
+from geoindex.columns import Push, Pushes, pack_ids
 from tests.flows.waiting import eventually
 
 PARTNERS = ("amap", "didi")
@@ -45,7 +46,7 @@ class Writing:
 
     def submit(self, log_id: LogId, pushes: list[Push], shard: int = 3, run_id: str | None = None) -> None:
         raw = RawEntry(shard, *log_id, b"tick", b"", self.run_id if run_id is None else run_id)
-        self.writer.submit(raw, pushes, PARTNERS)
+        self.writer.submit(raw, Pushes(pushes), PARTNERS)
 
     def failures_after_a_round(self) -> float:
         self.writer.step()
@@ -287,10 +288,10 @@ def test_lost_replies_lead_to_no_second_entry(
         lost = 0
         left: int | None = None
 
-        def send(self, parts: Iterable[bytes]) -> None:
+        def send(self, parts: Iterable[bytes | memoryview]) -> None:
             parts = list(parts)
             super().send(parts)
-            if parts[0].endswith(b"MULTI\r\n") and Forgetful.lost == 0:
+            if bytes(parts[0]).endswith(b"MULTI\r\n") and Forgetful.lost == 0:
                 self.left = replies_read
 
         def receive(self) -> object:

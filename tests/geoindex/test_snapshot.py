@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def log_entries(log: Log, rng: np.random.Generator, recorded: bool) -> Iterator[
 PlainPush = tuple[int, str, int, str, float, int, bytes, tuple[int, ...]]
 
 
-def plain(pushes: list[Push]) -> list[PlainPush]:
+def plain(pushes: Iterable[Push]) -> list[PlainPush]:
     """Everything of the pushes that a queue gets to see, comparable."""
     return [
         (
@@ -169,7 +169,7 @@ def test_every_attribute_is_either_state_or_made_anew() -> None:
         "_last_desk_id",
         "_sweep_due_ms",
     }
-    made_anew = {"_secrets", "_due_ms", "_hit_row", "_hit_slot", "_hit_ping", "_scratch"}
+    made_anew = {"_secrets", "_due_ms", "_hit_row", "_hit_slot", "_hit_ping", "_scratch", "_told_as"}
     assert set(vars(ShardMachine())) == state | made_anew
     assert set(vars(DeviceTable())) == {"columns", "rows_max", "_told_words"}
     saved = set(DeviceTable().columns_in_use())
