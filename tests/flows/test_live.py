@@ -40,7 +40,8 @@ from flows.log import (
     read_settings,
 )
 from flows.metrics import read_stats
-from flows.queues import Consumer, log_id_of
+from flows.consumers import Consumer
+from flows.queues import log_id_of
 from flows.server import EmbeddedServer, connect, link_opener
 from flows.wire import MalformedEntry, PingColumns, PushEntry, decode_entry, decode_push, screen_pings
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Schedule, Settings, Tick
@@ -455,7 +456,6 @@ def pull_everything(client: redis.Redis, group: str) -> tuple[list[OwedPush], in
                 deliveries = consumer.read(7, 0)
                 idle = 0 if deliveries else idle + 1
                 for delivery in deliveries:
-                    assert delivery.push is not None, delivery.fault
                     push = delivery.push
                     found += [
                         OwedPush(push.kind, push.alert_id, push.revision, partner, device_id)
