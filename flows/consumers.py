@@ -192,7 +192,7 @@ class Consumer:
             return []
         self._claim_at_s = now_s + self._claim_after_ms / 10_000
         idle_ms = self._claim_after_ms
-        found = self._pending({stream: ("-", idle_ms) for stream in (*self._streams, *self._dead_streams)}, entries_max)
+        found = self._pending(dict.fromkeys((*self._streams, *self._dead_streams), ("-", idle_ms)), entries_max)
         return self._again(found or [], idle_ms)
 
     def _pending(self, wanted: Mapping[str, tuple[str, int | None]], entries_max: int) -> list[_Pending] | None:

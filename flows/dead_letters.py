@@ -152,15 +152,15 @@ def _waiting(client: redis.Redis, key: str) -> set[bytes]:
     """Ids of a stream's dead letters that were replayed and have not been acknowledged yet."""
     waiting: set[bytes] = set()
     try:
-        groups = cast(list[dict[str, Any]], client.xinfo_groups(key))
+        groups = cast(list[dict[str, Any]], cast(Any, client).xinfo_groups(key))
     except redis.ResponseError as error:
         if "no such key" in str(error):
             return waiting
         raise
     for group in groups:
         if group["pending"]:
-            pending = client.xpending_range(key, group["name"], "-", "+", group["pending"])
-            waiting |= {one["message_id"] for one in cast(list[dict[str, Any]], pending)}
+            pending = cast(Any, client).xpending_range(key, group["name"], "-", "+", group["pending"])
+            waiting |= {one["message_id"] for one in pending}
     return waiting
 
 

@@ -268,13 +268,17 @@ class QueueKeeper:
 
     def _look(self, link: Link, queues: Sequence[_Queue]) -> None:
         """Learn each queue's length, its groups, and the oldest entries that they have not acknowledged."""
-        replies = _ask(link, [words for queue in queues for words in (("XLEN", queue.key), ("XINFO", "GROUPS", queue.key))])
+        replies = _ask(
+            link, [words for queue in queues for words in (("XLEN", queue.key), ("XINFO", "GROUPS", queue.key))]
+        )
         for index, queue in enumerate(queues):
             length, groups = replies[2 * index : 2 * index + 2]
             if isinstance(length, redis.ResponseError):
                 raise length
             queue.entry_count = cast(int, length)
-            queue.groups = [] if isinstance(groups, redis.ResponseError) else [_group(flat) for flat in cast(Any, groups)]
+            queue.groups = (
+                [] if isinstance(groups, redis.ResponseError) else [_group(flat) for flat in cast(Any, groups)]
+            )
             names = {group.name for group in queue.groups} or {b""}
             queue.next_of = {name: known for name, known in queue.next_of.items() if name in names}
 
@@ -309,9 +313,7 @@ class QueueKeeper:
 
     # --- trimming ---------------------------------------------------------------------------------------------------
 
-    def _cut(
-        self, queue: _Queue, disabled: set[str], done: dict[int, LogId], trimmed: dict[int, LogId]
-    ) -> LogId:
+    def _cut(self, queue: _Queue, disabled: set[str], done: dict[int, LogId], trimmed: dict[int, LogId]) -> LogId:
         """The id below which the queue may be trimmed now: the first that pushes of some log entry could have."""
         if queue.partner in disabled:
             return _behind(done[queue.shard])
@@ -356,9 +358,8 @@ class QueueKeeper:
             self._metrics.gauge("queue_oldest_unacknowledged_ms", age_ms, **labels)
             if age_ms > self._unread_alarm_ms:
                 read_never = any(queue.entry_count and not queue.groups for queue in of_partner)
-                unread[partner] = (
-                    f"the oldest unacknowledged push of {partner!r} is {age_ms / 1000:,.0f} s old"
-                    + (", and some of its queues have no consumer group" if read_never else "")
+                unread[partner] = f"the oldest unacknowledged push of {partner!r} is {age_ms / 1000:,.0f} s old" + (
+                    ", and some of its queues have no consumer group" if read_never else ""
                 )
         for partner in unread.keys() - self._unread:
             logger.error("alarm: %s", unread[partner])

@@ -26,6 +26,7 @@ import pytest
 import redis
 
 from flows.audit import AuditResult, OwedPush, OwedPushes, compare
+from flows.consumers import Consumer
 from flows.desk import Desk, DeskAnswer, Relay
 from flows.log import (
     LogId,
@@ -40,7 +41,6 @@ from flows.log import (
     read_settings,
 )
 from flows.metrics import read_stats
-from flows.consumers import Consumer
 from flows.queues import log_id_of
 from flows.server import EmbeddedServer, connect, link_opener
 from flows.wire import MalformedEntry, PingColumns, PushEntry, decode_entry, decode_push, screen_pings
