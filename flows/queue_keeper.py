@@ -141,7 +141,9 @@ class _Queue:
             if group.pending_count:
                 floors.append(group.pending_min)
             elif not group.all_delivered:
-                floors.append((group.delivered[0], group.delivered[1] + 1))
+                # Without a known follower, as after entries were deleted by hand: behind what was delivered.
+                behind = group.delivered[0], group.delivered[1] + 1
+                floors.append(self.next_of.get(group.name, (FIRST, behind))[1])
         return min(floors, default=END if self.groups else FIRST)
 
 
