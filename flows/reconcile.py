@@ -32,7 +32,7 @@ from flows.checkpoints import Checkpoint, CheckpointStore, CheckpointUnusable
 from flows.log import FIRST, LogId, done_key, format_id, log_key, parse_id, push_key, trimmed_key
 from flows.queue_keeper import disabled_partners, queue_trimmed_key
 from flows.queues import PUSH_COUNT_MAX, log_id_of, push_id
-from flows.wire import MalformedEntry, PingColumns, PushEntry, decode_entry, decode_push, screen_pings
+from flows.wire import PingColumns, PushEntry, decode_entry, decode_push, screen_pings
 from geoindex.columns import I64, U32, Bool
 from geoindex.device_kernels import NO_TIME
 from geoindex.entries import KINDS, Settings
@@ -563,19 +563,19 @@ class _Reader:
             for raw_id, fields in entries:
                 position = parse_id(raw_id)
                 size_bytes += sum(map(len, fields.values()))
-                _feed(owed, position, fields)
+                feed(owed, position, fields)
             count = max(1, min(LOG_READ_COUNT_MAX, LOG_READ_BYTES * len(entries) // max(1, size_bytes)))
             if time.monotonic() - told_at_s > 1:
                 told_at_s = time.monotonic()
                 self._on_progress(shard, owed.pings, (position[0] - from_ms) / max(1, done[0] - from_ms))
 
 
-def _feed(owed: OwedPushes, log_id: LogId, fields: dict[bytes, bytes]) -> None:
-    """One log entry as it stands in the log; one that is none owes nothing, as the flow sets it aside."""
+def feed(owed: OwedPushes, log_id: LogId, fields: dict[bytes, bytes]) -> None:
+    """Apply one log entry as it stands in the log; one that is none owes nothing, as the flow sets it aside."""
     try:
         ((kind, payload),) = fields.items()
         entry = decode_entry(kind, payload)
-    except (MalformedEntry, ValueError):
+    except ValueError:  # more than one field, or a MalformedEntry
         return
     if isinstance(entry, PingColumns):
         entry, _ = screen_pings(entry, len(owed.partners))

@@ -59,7 +59,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 def restored(client: redis.Redis, *more: str) -> Iterator[None]:
     """Puts the queues, and other keys, back as they were."""
     keys = [*KEYS, "disabled", *more]
-    before = {key: cast("bytes | None", client.dump(key)) for key in keys}
+    before = {key: client.dump(key) for key in keys}
     try:
         yield
     finally:

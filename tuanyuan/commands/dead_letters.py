@@ -10,7 +10,6 @@ from typing import Annotated
 import orjson
 import redis
 import typer
-from rich.table import Table
 
 from flows.consumers import push_of
 from flows.dead_letters import DeadLetter, dead_letters
@@ -65,17 +64,12 @@ def list_(
         for letter in found:
             console.out(orjson.dumps(_to_json(letter)).decode(), highlight=False)
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("letter", "partner", "died (UTC)", "group", "deliveries", "what", "why"):
-        table.add_column(column, overflow="fold")
     for letter in found:
-        died = datetime.fromtimestamp(letter.dead_id[0] / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        why = f"{letter.reason}; replayed, waits for a consumer" if letter.replayed else letter.reason
-        table.add_row(
-            letter.name, letter.partner, died, letter.group, str(letter.delivery_count), _content(letter), why
-        )
-    if found:
-        console.print(table, markup=False, highlight=False)
+        # Lines, not a table: a letter's name must stand there whole, to be copied.
+        died = datetime.fromtimestamp(letter.dead_id[0] / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        console.out(f"{letter.name}  {letter.partner}, group {letter.group}, {died}", highlight=False)
+        state = "; replayed, waits for a consumer" if letter.replayed else ""
+        console.out(f"    {_content(letter)}: {letter.reason}{state}", highlight=False)
     note(f"{len(found):,} dead letters")
 
 
