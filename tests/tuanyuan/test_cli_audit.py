@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -91,7 +91,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ran]]:
             after=["dead-letters", "list", "--json"],
             drop_all=["dead-letters", "drop", "amap", "--all"],
         )
-        client.xdel(QUEUE, client.xrange(QUEUE, count=1)[0][0])
+        client.xdel(QUEUE, cast(Any, client.xrange(QUEUE, count=1))[0][0])
         play(faulty=["audit", "--lines", "4"], faulty_json=["audit", "--json"])
         client.set("trimmed:{s0}", format_id(last_id(client, log_key(0))))
         play(unknown=["audit"])
