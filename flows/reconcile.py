@@ -174,7 +174,7 @@ def reconcile(
 ) -> Reconciliation:
     """Audit every shard, and all partners or one. `since_ms`: go back no further than that, if a checkpoint allows it.
 
-    Raises redis.RedisError; SettingsRefused for a checkpoint of settings that this program does not follow.
+    A checkpoint that cannot be used is passed over, and named in the account. Raises redis.RedisError.
     """
     disabled = disabled_partners(client)
     wanted = [name for name in settings.partners if partner in (None, name)]

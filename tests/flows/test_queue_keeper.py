@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import redis
 
+from flows import queue_keeper
 from flows.consumers import Consumer
 from flows.dead_letters import dead_key
 from flows.log import (
@@ -249,6 +250,40 @@ def test_full_server_is_trimmed_although_it_takes_no_mark(keeping: Keeping) -> N
     keeping.keeper.round()
     assert keeping.client.get(queue_trimmed_key(SHARD, "amap")) is not None
     assert keeping.left() == [4]
+
+
+def test_long_queue_is_trimmed_in_steps(keeping: Keeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_keeper, "TRIM_ENTRIES", 200)
+    keeping.put(*range(20), pushes=50)
+    keeping.trim_log(19)
+    keeping.read(1000)
+    for k in range(1, 51):
+        keeping.acknowledge(*range(19), k=k)
+    keeping.client.config_resetstat()
+    assert keeping.keeper.round() == 950
+    assert keeping.left() == [19] * 50
+    assert keeping.client.info("commandstats")["cmdstat_xtrim"]["calls"] >= 5
+
+
+def test_what_is_missing_lies_below_its_mark_at_every_moment(keeping: Keeping) -> None:
+    keeping.put(*range(4))
+    keeping.trim_log(3)
+    keeping.read(4)
+    keeping.acknowledge(*range(4))
+    asked: list[bytes] = []
+    link = keeping.keeper._open_link()
+    send = link.send
+
+    def recorded(parts: Any) -> None:
+        parts = list(parts)
+        asked.extend(parts)
+        send(parts)
+
+    link.send = recorded  # type: ignore[method-assign]
+    keeping.keeper._link = link
+    keeping.keeper.round()
+    changes = [part.split(b"\r\n")[2] for part in asked if b"XTRIM" in part or b"SET\r\n" in part]
+    assert changes == [b"SET", b"XTRIM"]
 
 
 def test_replay_after_trim_rewrite_and_restart_writes_nothing_new(own_server: EmbeddedServer) -> None:

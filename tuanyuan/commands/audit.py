@@ -12,7 +12,6 @@ import typer
 from flows.checkpoints import CheckpointStore
 from flows.log import FIRST, LogId, format_id
 from flows.reconcile import Reconciliation, ShardAccount, reconcile
-from geoindex.shard import SettingsRefused
 from tuanyuan.connection import ValkeyOption, VarOption, read_config, server, settings_of
 from tuanyuan.console import EXIT_REFUSED, EXIT_USAGE, console, duration_ms, fail, note
 
@@ -59,10 +58,7 @@ def audit(
                 said_s = time.monotonic()
                 note(f"shard {shard} of {settings.shard_count}: {part:.0%} of its log, {pings:,} pings ...")
 
-        try:
-            result = reconcile(client, store, settings, partner, since_ms, progress)
-        except SettingsRefused as refusal:
-            fail(str(refusal), EXIT_REFUSED)
+        result = reconcile(client, store, settings, partner, since_ms, progress)
         took_s = time.monotonic() - started_s
     if json:
         console.out(orjson.dumps(_to_json(result, took_s)).decode(), highlight=False)
