@@ -321,7 +321,7 @@ class QueueKeeper:
         """The id below which the queue may be trimmed now: the first that pushes of some log entry could have."""
         if queue.partner in disabled:
             return _behind(done[queue.shard])
-        if self._keeps_all or not queue.groups:
+        if self._keeps_all:
             return FIRST
         return min(first_push_id(log_id_of(queue.acknowledged())), _behind(trimmed[queue.shard]))
 

@@ -11,7 +11,7 @@ import pytest
 
 from flows.audit import AuditResult, OwedPush, OwedPushes, compare
 from flows.reconcile import facts_of
-from geoindex.entries import AlertClose, AlertRevision, LogEntry, Settings, Tick
+from geoindex.entries import HOUR_MS, AlertClose, AlertRevision, LogEntry, Settings, Tick
 from geoindex.shard import ShardMachine
 from tests.geoindex.machines import batch_of, is_well_formed
 from tests.reference.events import Event, Log, PingEvent
@@ -103,6 +103,22 @@ def test_an_account_that_goes_on_from_a_shard_machine_owes_what_the_whole_accoun
     for behind, account in accounts:
         assert Counter(account.pushes) == Counter(pushes[behind:])
         assert account.closed == whole.closed
+
+
+def test_a_location_that_has_expired_stays_expired_when_the_live_window_gets_longer() -> None:
+    (published,) = (event for event in EXAMPLES[0].events if isinstance(event[1], AlertRevision))
+    assert isinstance(published[1], AlertRevision)
+    at_ms = max(T0, published[0])
+    home = PingEvent("amap", "a", round(HOME_LAT * 1e7), round(HOME_LNG * 1e7), at_ms - 2 * HOUR_MS)
+    fresh = replace(home, device_id="b", observed_at_ms=at_ms - HOUR_MS // 2)
+    settings = Settings(partners=("amap",), live_window_ms=HOUR_MS)
+    audit = OwedPushes()
+    audit.apply(0, settings)
+    audit.apply(home.observed_at_ms, batch_of([home], ("amap",)))
+    audit.apply(fresh.observed_at_ms, batch_of([fresh], ("amap",)))
+    audit.apply(at_ms, replace(settings, live_window_ms=6 * HOUR_MS))
+    audit.apply(at_ms, published[1])
+    assert [push.device_id for push in audit.pushes] == ["b"]
 
 
 def test_what_is_owed_is_owed_by_a_log_entry() -> None:
