@@ -40,6 +40,11 @@ class FlowConfig:
     """Between two checkpoints of a shard; 0: none. A restart replays so much log, and twice as much is kept."""
     trim_logs: bool = True
     """Trim logs behind checkpoints. Without that they keep all, for audits, and raw pings for longer than promised."""
+    keep_pushes: bool = False
+    """Keep acknowledged pushes in the queues, for audits of all that was ever told. Without that they stay for as long
+    as the log entries that caused them: what an audit can recompute it also finds."""
+    queue_unread_alarm_s: float = 300.0
+    """A push that a partner has not acknowledged for so long is an alarm."""
     idle_wait_ms: int = 50
     """How long a source partition may wait when there is nothing to do; 5 in a Bytewax cluster, whose other processes
     send this worker items meanwhile."""
@@ -55,6 +60,7 @@ class FlowConfig:
             ("in_flight_max", self.in_flight_max, 1, 1 << 16),
             ("read_ahead_mb", self.read_ahead_mb, 1, 1 << 20),
             ("checkpoint_interval_s", self.checkpoint_interval_s, 0, 1_200),
+            ("queue_unread_alarm_s", self.queue_unread_alarm_s, 1, 7 * 86_400),
             ("idle_wait_ms", self.idle_wait_ms, 0, 1_000),
         ):
             if not least <= value <= most:
@@ -143,5 +149,7 @@ _PARSERS: dict[str, Any] = {
     "read_ahead_mb": _whole,
     "checkpoint_interval_s": float,
     "trim_logs": _flag,
+    "keep_pushes": _flag,
+    "queue_unread_alarm_s": float,
     "idle_wait_ms": _whole,
 }

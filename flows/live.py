@@ -4,7 +4,7 @@
                              ^                                                        │ on_done
                              └───────────────── credit, `done` ──────────────────────┘
     desk-relay thread: alert events from the desk to the logs        stats-publisher thread: numbers once a second
-    checkpoints thread: files, and trimming behind them
+    checkpoints thread: files, and trimming behind them         queue-keeper thread: trims and watches the queues
 
 Starting: check the server, read the settings (or write them, on a server without logs). Each shard then starts behind
 its newest usable checkpoint, or from its log's first entry, and does so again when the server was restarted or the log
@@ -47,6 +47,7 @@ from flows.log import (
 )
 from flows.match import Reload, ShardPushes, build_flow, shard_key, shard_of_key
 from flows.metrics import METRICS, Metrics, StatsPublisher
+from flows.queue_keeper import QueueKeeper
 from flows.queues import DoneFollower, PushWriter
 from flows.server import link_opener, worth_a_line
 from geoindex.entries import HOUR_MS, Settings
@@ -244,6 +245,9 @@ class LiveFlow:
         # Who writes the pushes of a shard knows first what is done; in a cluster that may be another process.
         self._follower = DoneFollower(open_link, self._shards, self._on_done) if in_cluster else None
         self._writer = PushWriter(open_link, self._on_done if not in_cluster else _nothing, self.metrics)
+        self._keeper = QueueKeeper(
+            open_link, self._shards, self.metrics, config.keep_pushes, 1000 * config.queue_unread_alarm_s
+        )
         self._relay = RelayThread(client, open_link, self.metrics)
         self._stats = StatsPublisher(client, self.metrics, self._set_gauges)
 
@@ -268,7 +272,10 @@ class LiveFlow:
 
     def start(self) -> None:
         """Start the threads."""
-        for thread in (self._reader, self._writer, self._follower, self._checkpointer, self._relay, self._stats):
+        for thread in (
+            *(self._reader, self._writer, self._follower, self._checkpointer),
+            *(self._keeper, self._relay, self._stats),
+        ):
             if thread is not None:
                 thread.start()
 
@@ -294,7 +301,10 @@ class LiveFlow:
     def end(self) -> None:
         """Stop the threads."""
         self._stopping.set()
-        for thread in (self._relay, self._reader, self._writer, self._follower, self._checkpointer, self._stats):
+        for thread in (
+            *(self._relay, self._reader, self._writer, self._follower),
+            *(self._checkpointer, self._keeper, self._stats),
+        ):
             if thread is not None:
                 thread.stop()
 

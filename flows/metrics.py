@@ -14,6 +14,9 @@ second; `read_stats` adds the snapshots of all processes up.
     checkpoints_damaged_total{shard}         checkpoints_outdated_total{shard} checkpoint_load_ms{shard}
     log_entries_trimmed_total{shard}         log_trim_errors_total{shard}     log_kept_ms{shard}
     log_tail_lost_total{shard}: an alarm     checkpoint_age_ms beyond three intervals: an alarm
+    queue_entries{partner,shards}            queue_pending{partner,shards}    queue_entries_trimmed_total{partner}
+    queue_oldest_unacknowledged_ms{partner,shards}    dead_letters_total{partner}    queue_keeper_errors_total
+    alarm{kind="queue_unread"}: 1 while a partner leaves pushes unacknowledged for too long
 """
 
 from __future__ import annotations

@@ -32,6 +32,14 @@ def push_id(log_id: LogId, push_number: int) -> LogId:
     return ms, seq << PUSH_BITS | push_number
 
 
+def first_push_id(log_id: LogId) -> LogId:
+    """The least id that a push entry of this log entry could have; none has it, for k begins at 1.
+
+    Below it lies what the log entries before it have caused.
+    """
+    return log_id[0], log_id[1] << PUSH_BITS
+
+
 def log_id_of(entry_id: LogId) -> LogId:
     """The log entry that caused a push entry."""
     return entry_id[0], entry_id[1] >> PUSH_BITS

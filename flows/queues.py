@@ -1,4 +1,4 @@
-"""Push queues: one stream a shard and partner, written exactly once and in log order, read by consumer groups.
+"""Push queues: one stream a shard and partner, written exactly once and in log order (`flows.consumers` reads them).
 
 The id of a push entry is derived from the log entry that caused it:
 
@@ -19,21 +19,19 @@ A MULTI carries as many log entries as wait, in log order, up to a size: entries
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import redis
 
-from flows.log import LogId, RawEntry, done_key, format_id, parse_id, push_key
+from flows.log import LogId, RawEntry, done_key, format_id, parse_id
 from flows.metrics import METRICS, Metrics
 from flows.push_commands import PushCommands, Tally
 from flows.server import Link, LinkOpener, ServerRefused, packed, worth_a_line
-from flows.wire import MalformedEntry, PushEntry, decode_push
 from geoindex.columns import Push, PushColumns, Pushes
 
 logger = logging.getLogger(__name__)
@@ -454,168 +452,3 @@ def _block(shard: int, entries: Sequence[_Waiting]) -> _Block:
     done = packed("SET", done_key(shard), format_id(last.log_id)) + packed("EXEC")
     push_count = sum(entry.push_count for entry in entries)
     return _Block([packed("MULTI"), *commands.parts, done], last, len(entries), push_count, tallies)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-CLAIM_AFTER_S = 60.0
-"""A push that its consumer has not acknowledged for this long is given to another one."""
-_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One queue entry as it was handed to a consumer. To be acknowledged when it has been dealt with."""
-
-    stream: str
-    entry_id: LogId
-    push: PushEntry | None
-    fault: str | None
-    """Why there is no push: the entry cannot be decoded."""
-
-
-class Consumer:
-    """One consumer of a partner's queues, over all shards. At least once: whoever reads deduplicates on stream and id.
-
-        consumer = Consumer(client, "amap", shard_count)
-        while True:
-            for delivery in consumer.read():
-                ...
-                consumer.acknowledge([delivery])
-
-    For one thread. Methods raise redis.RedisError; reading again later loses nothing.
-    """
-
-    def __init__(
-        self,
-        client: redis.Redis,
-        partner: str,
-        shard_count: int,
-        group: str = "default",
-        consumer: str = "consumer",
-        claim_after_s: float = CLAIM_AFTER_S,
-    ) -> None:
-        """`group`: who shares the work; each group gets every push. `consumer`: a name unique in the group.
-
-        Raises ValueError for names with spaces.
-        """
-        for name, value in (("group", group), ("consumer", consumer)):
-            if not _NAME.fullmatch(value):
-                raise ValueError(f"{name} must have 1 to 128 characters and no spaces, got {value[:140]!r}")
-        self._client = client
-        self._streams = [push_key(shard, partner) for shard in range(shard_count)]
-        self._group, self._consumer = group, consumer
-        self._claim_after_s = claim_after_s
-        self._claim_at_s = 0.0
-        self._unfinished = dict.fromkeys(self._streams, "0-0")
-        """Where to go on in what this consumer was given before and did not acknowledge."""
-
-    def create_groups(self) -> None:
-        """Make sure that the group exists on every shard's queue, from its beginning. Does nothing the second time."""
-        for stream in self._streams:
-            try:
-                self._client.xgroup_create(stream, self._group, id="0", mkstream=True)
-            except redis.ResponseError as error:
-                if "BUSYGROUP" not in str(error):
-                    raise
-
-    def read(self, entries_max: int = 100, block_s: float = 1.0) -> list[Delivery]:
-        """The next entries: first those of an earlier life of this consumer, then others' that were given up, then new.
-
-        Waits up to `block_s` (at most 5; 0: not at all) when there is nothing. `entries_max`: per shard.
-        """
-        found = self._own_unfinished(entries_max) or self._claimed(entries_max)
-        if found:
-            return found
-        block_ms = max(1, round(min(block_s, 5.0) * 1000)) if block_s else None
-        try:
-            reply = self._client.xreadgroup(
-                self._group, self._consumer, dict.fromkeys(self._streams, ">"), count=entries_max, block=block_ms
-            )
-        except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            self.create_groups()
-            return []
-        return list(_deliveries(reply))
-
-    def acknowledge(self, deliveries: Iterable[Delivery]) -> int:
-        """These have been dealt with; how many were still this group's to acknowledge."""
-        ids: dict[str, list[str]] = {}
-        for delivery in deliveries:
-            ids.setdefault(delivery.stream, []).append(format_id(delivery.entry_id))
-        with self._client.pipeline(transaction=False) as pipeline:
-            for stream, entry_ids in ids.items():
-                pipeline.xack(stream, self._group, *entry_ids)
-            return sum(cast(list[int], pipeline.execute()))
-
-    def give_back(self, deliveries: Iterable[Delivery]) -> None:
-        """These will not be dealt with here: whoever of the group reads next gets them, without a wait."""
-        ids: dict[str, list[Any]] = {}
-        for delivery in deliveries:
-            ids.setdefault(delivery.stream, []).append(format_id(delivery.entry_id))
-        idle_ms = round(self._claim_after_s * 1000) + 1
-        with self._client.pipeline(transaction=False) as pipeline:
-            for stream, entry_ids in ids.items():
-                pipeline.xclaim(stream, self._group, self._consumer, 0, entry_ids, idle=idle_ms, justid=True)
-            pipeline.execute()
-
-    def _own_unfinished(self, entries_max: int) -> list[Delivery]:
-        if not self._unfinished:
-            return []
-        try:
-            reply = self._client.xreadgroup(self._group, self._consumer, cast(Any, self._unfinished), count=entries_max)
-        except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            self.create_groups()
-            self._unfinished = {}  # of a group that did not exist
-            return []
-        unfinished: dict[str, str] = {}
-        for stream, entries in cast(Any, reply):
-            if entries:
-                unfinished[stream.decode()] = entries[-1][0].decode()
-        self._unfinished = unfinished
-        return list(_deliveries(reply))
-
-    def _claimed(self, entries_max: int) -> list[Delivery]:
-        """What other consumers were given and did not acknowledge in time; asked for ten times in that time."""
-        now_s = time.monotonic()
-        if now_s < self._claim_at_s:
-            return []
-        self._claim_at_s = now_s + self._claim_after_s / 10
-        with self._client.pipeline(transaction=False) as pipeline:
-            for stream in self._streams:
-                pipeline.xautoclaim(
-                    stream,
-                    self._group,
-                    self._consumer,
-                    min_idle_time=round(self._claim_after_s * 1000),
-                    count=entries_max,
-                )
-            replies = pipeline.execute(raise_on_error=False)
-        found: list[Delivery] = []
-        for stream, reply in zip(self._streams, replies, strict=True):
-            if isinstance(reply, redis.ResponseError):
-                if "NOGROUP" not in str(reply):
-                    raise reply
-                self.create_groups()
-                continue
-            found += _deliveries([(stream.encode(), reply[1])])
-        return found
-
-
-def _deliveries(reply: Any) -> Iterator[Delivery]:
-    for stream, entries in reply or []:
-        for raw_id, fields in entries:
-            if fields is None:
-                continue  # trimmed away since it was delivered
-            push, fault = None, None
-            try:
-                (payload,) = fields.values()
-                push = decode_push(payload)
-            except MalformedEntry as malformed:
-                fault = str(malformed)
-            except ValueError:
-                fault = f"must have one field, got {len(fields)}"
-            yield Delivery(stream.decode(), parse_id(raw_id), push, fault)

@@ -100,6 +100,11 @@ class ShardMachine:
     def size(self) -> TableSize:
         return self._devices.size
 
+    @property
+    def device_table(self) -> DeviceTable:
+        """The devices themselves, to look at only while no entry is applied."""
+        return self._devices
+
     def open_alerts(self) -> list[AlertView]:
         return [
             AlertView(

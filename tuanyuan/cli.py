@@ -13,7 +13,7 @@ import typer  # noqa: E402
 
 from tuanyuan.console import fail, note, notes  # noqa: E402
 
-_NO_KERNELS = {"-h", "--help", "warmup", "health", "alert", "pull"}
+_NO_KERNELS = {"-h", "--help", "warmup", "health", "alert", "pull", "dead-letters"}
 """Words in a command line that needs no kernels, so should not wait for them to be compiled."""
 
 app = typer.Typer(
@@ -35,12 +35,13 @@ def warmup() -> None:
 
 def _add_commands() -> None:
     """Commands import the kernels, so they are added after the cache's place is known."""
-    from tuanyuan.commands import alert, bench, demo, health, match, pull, run, send
+    from tuanyuan.commands import alert, audit, bench, dead_letters, demo, health, match, pull, run, send
 
-    for module in (match, run, send, pull, demo, health, bench):
+    for module in (match, run, send, pull, audit, demo, health, bench):
         name = module.__name__.rpartition(".")[2]
         app.command(name, epilog=module.EPILOG)(getattr(module, name))
     app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)
+    app.add_typer(dead_letters.app, name="dead-letters", epilog=dead_letters.EPILOG)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-KEPT_VERSIONS = 4
+KEPT_VERSIONS = 12
 _COMPLETE = "complete"
 
 

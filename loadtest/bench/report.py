@@ -49,6 +49,7 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("latency", "p99_ms"): Goal(at_most=50),
     ("coldstart", "seconds"): Goal(at_most=3.0),
     ("idle", "cpu_share"): Goal(at_most=0.03),
+    ("audit", "pings_per_s"): Goal(at_least=500_000, devices=100_000),
     ("peers", "min_ratio"): Goal(at_least=50),
 }
 

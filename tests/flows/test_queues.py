@@ -1,4 +1,4 @@
-"""Push queues on a real server: derived ids, MULTI in log order, consumer groups."""
+"""Push queues on a real server: derived ids, MULTI in log order."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 import redis
 
 from flows import queues
-from flows.log import LogId, RawEntry, done_key, format_id, parse_id, push_key
+from flows.log import LogId, RawEntry, done_key, parse_id, push_key
 from flows.metrics import Metrics
-from flows.push_commands import PUSH_COUNT_MAX, log_id_of, push_id
-from flows.queues import Consumer, PushWriter
+from flows.push_commands import PUSH_COUNT_MAX, first_push_id, log_id_of, push_id
+from flows.queues import PushWriter
 from flows.server import EmbeddedServer, Link, LinkOpener, connect, link_opener
 from flows.wire import PushEntry, decode_push
 from geoindex.columns import Push, Pushes, pack_ids
@@ -105,6 +105,10 @@ def test_push_id_is_the_log_id_shifted() -> None:
 
 def test_push_ids_rise_with_the_log_and_within_an_entry() -> None:
     assert push_id((7, 0), 1) < push_id((7, 0), PUSH_COUNT_MAX) < push_id((7, 1), 1) < push_id((8, 0), 1)
+
+
+def test_first_push_id_lies_between_the_pushes_of_two_log_entries() -> None:
+    assert push_id((7, 4), PUSH_COUNT_MAX) < first_push_id((7, 5)) < push_id((7, 5), 1)
 
 
 @pytest.mark.parametrize(("log_id", "number"), [((7, 0), 0), ((7, 0), 1 << 24), ((7, 1 << 40), 1)])
@@ -406,102 +410,3 @@ def test_programming_error_in_the_thread_reaches_the_flow(open_link: LinkOpener,
 
     eventually(submit)
     writing.writer.stop()
-
-
-# --- consumers --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def filled(client: redis.Redis, writing: Writing) -> Writing:
-    """Three entries for amap, on two shards."""
-    writing.submit((7, 0), [push(ids=("a",)), push(ids=("b",))], shard=0)
-    writing.submit((7, 0), [push(ids=("c",)), push(1, ids=("d",))], shard=1)
-    writing.finish()
-    return writing
-
-
-def devices(deliveries: list[queues.Delivery]) -> list[str]:
-    return [device_id for delivery in deliveries if delivery.push for device_id in delivery.push.device_ids]
-
-
-def test_consumer_gets_the_pushes_of_its_partner_from_all_shards(client: redis.Redis, filled: Writing) -> None:
-    consumer = Consumer(client, "amap", 2)
-    consumer.create_groups()
-    consumer.create_groups()
-    deliveries = consumer.read(block_s=0)
-    assert devices(deliveries) == ["a", "b", "c"]
-    assert [(delivery.stream, delivery.entry_id) for delivery in deliveries] == [
-        ("push:{s0}:amap", (7, 1)),
-        ("push:{s0}:amap", (7, 2)),
-        ("push:{s1}:amap", (7, 1)),
-    ]
-    assert consumer.read(block_s=0) == []
-    assert consumer.acknowledge(deliveries) == 3
-    assert consumer.acknowledge(deliveries) == 0
-
-
-def test_group_is_made_at_the_first_read(client: redis.Redis, filled: Writing) -> None:
-    consumer = Consumer(client, "amap", 2)
-    assert devices(consumer.read(block_s=0)) == ["a", "b", "c"]
-
-
-def test_group_made_before_the_first_push_gets_it(client: redis.Redis, writing: Writing) -> None:
-    consumer = Consumer(client, "amap", 4)
-    consumer.create_groups()
-    writing.submit((7, 0), [push(ids=("first",))])
-    writing.finish()
-    assert devices(consumer.read(block_s=0)) == ["first"]
-
-
-def test_every_group_gets_every_push(client: redis.Redis, filled: Writing) -> None:
-    for group in ("sms", "app"):
-        consumer = Consumer(client, "amap", 2, group)
-        consumer.create_groups()
-        assert devices(consumer.read(block_s=0)) == ["a", "b", "c"]
-
-
-def test_what_was_not_acknowledged_comes_again_after_a_restart(client: redis.Redis, filled: Writing) -> None:
-    consumer = Consumer(client, "amap", 2, consumer="one")
-    consumer.create_groups()
-    consumer.acknowledge(consumer.read(block_s=0)[:1])
-    again = Consumer(client, "amap", 2, consumer="one")
-    assert devices(again.read(entries_max=1, block_s=0)) == ["b", "c"]
-    assert again.read(block_s=0) == []
-
-
-def test_what_another_consumer_gave_up_is_claimed(client: redis.Redis, filled: Writing) -> None:
-    first = Consumer(client, "amap", 2, consumer="one")
-    first.create_groups()
-    assert len(first.read(block_s=0)) == 3
-    second = Consumer(client, "amap", 2, consumer="two", claim_after_s=0.05)
-    found: list[str] = []
-
-    def read() -> bool:
-        found.extend(devices(second.read(block_s=0)))
-        return len(found) == 3
-
-    eventually(read)
-    assert sorted(found) == ["a", "b", "c"]
-
-
-def test_entry_that_is_no_push_is_handed_over_with_its_fault(client: redis.Redis, filled: Writing) -> None:
-    client.xadd(push_key(1, "amap"), {b"alert": b"\xff"}, id="8-1")
-    client.xadd(push_key(1, "amap"), {b"alert": b"", b"more": b""}, id="8-2")
-    consumer = Consumer(client, "amap", 2)
-    consumer.create_groups()
-    faults = [(delivery.push, delivery.fault) for delivery in consumer.read(block_s=0)[3:]]
-    assert faults == [(None, "must be a msgpack map"), (None, "must have one field, got 2")]
-
-
-def test_entry_deleted_since_its_delivery_is_passed_over(client: redis.Redis, filled: Writing) -> None:
-    consumer = Consumer(client, "amap", 2)
-    consumer.create_groups()
-    consumer.read(block_s=0)
-    client.xdel(push_key(0, "amap"), format_id((7, 1)))
-    assert devices(Consumer(client, "amap", 2).read(block_s=0)) == ["b", "c"]
-
-
-@pytest.mark.parametrize("name", ["", "two words", "x" * 129])
-def test_consumer_names_are_checked(client: redis.Redis, name: str) -> None:
-    with pytest.raises(ValueError, match="consumer must have 1 to 128 characters"):
-        Consumer(client, "amap", 2, consumer=name)

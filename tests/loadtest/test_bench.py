@@ -35,6 +35,7 @@ KEYS = {
     "memory": {"bytes_per_device"},
     "coldstart": {"seconds"},
     "idle": {"cpu_share", "seconds"},
+    "audit": {"pings_per_s", "ns_per_ping", "pushes"},
     "peers": {"min_ratio", "ratios"},
 }
 

@@ -40,6 +40,8 @@ WRONG: list[tuple[list[str], int, str | re.Pattern[str]]] = [
     (["pull", "amap", "--var", "nothing-here"], 1, NO_SERVER),
     (["send", "pings.csv", "--var", "nothing-here"], 1, NO_SERVER),
     (["health", "--var", "nothing-here"], 1, NO_SERVER),
+    (["audit", "--var", "nothing-here"], 1, NO_SERVER),
+    (["dead-letters", "list", "--var", "nothing-here"], 1, NO_SERVER),
     (["alert", "list", "--valkey", NOBODY], 1, f"the server does not answer: {REFUSED}"),
     (["pull", "amap", "--valkey", NOBODY], 1, f"the server does not answer: {REFUSED}"),
     (["send", "pings.csv", "--valkey", NOBODY], 1, f"the server does not answer: {REFUSED}"),
@@ -143,23 +145,25 @@ def test_a_real_process_answers_as_the_forked_ones_do(folder: Path, wrong: dict[
 def named_in(help_text: str) -> list[str]:
     """The commands that a help text lists."""
     _, _, listed = help_text.partition("Commands:\n")
-    return re.findall(r"^  (\w+)  +\S", listed.partition("\n\n")[0], re.MULTILINE)
+    return re.findall(r"^  ([\w-]+)  +\S", listed.partition("\n\n")[0], re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def helps(folder: Path) -> dict[str, Ran]:
     """Every command's help by its words; the top's is under ""."""
-    top, alert = run_all([["--help"], ["alert", "--help"]], folder)
-    commands = [[name] for name in named_in(top.out)] + [["alert", name] for name in named_in(alert.out)]
+    top, *groups = run_all([["--help"], ["alert", "--help"], ["dead-letters", "--help"]], folder)
+    commands = [[name] for name in named_in(top.out)]
+    commands += [[group.arguments[0], name] for group in groups for name in named_in(group.out)]
     ran = run_all([[*words, "--help"] for words in commands], folder)
     return {"": top} | {" ".join(words): help_text for words, help_text in zip(commands, ran, strict=True)}
 
 
 def test_the_help_lists_every_command(helps: dict[str, Ran]) -> None:
-    expected = {"match", "run", "send", "pull", "demo", "warmup", "health", "alert"}
+    expected = {"match", "run", "send", "pull", "demo", "warmup", "health", "alert", "audit", "dead-letters"}
     assert {name for name in helps if name and " " not in name} >= expected
     assert {name for name in helps if " " in name} >= {
-        f"alert {name}" for name in ("publish", "update", "close", "list", "show")
+        *(f"alert {name}" for name in ("publish", "update", "close", "list", "show")),
+        *(f"dead-letters {name}" for name in ("list", "replay", "drop")),
     }
 
 

@@ -48,6 +48,7 @@ class Benchmark(StrEnum):
     MEMORY = "memory"
     COLDSTART = "coldstart"
     IDLE = "idle"
+    AUDIT = "audit"
     PEERS = "peers"
     ALL = "all"
 
@@ -182,6 +183,13 @@ def _idle(wanted: Wanted) -> Report:
     return idle.measure(wanted.seconds or wanted.chosen(20.0, 1.5), wanted.processes, note)
 
 
+def _audit(wanted: Wanted) -> Report:
+    from loadtest.bench import audit
+
+    devices = wanted.size(MILLION // 10, 10_000)
+    return audit.measure(devices, int(wanted.chosen(MILLION, 20_000)), wanted.times(3, 1), note)
+
+
 def _peers(wanted: Wanted) -> Report:
     from loadtest.bench import peers
 
@@ -199,6 +207,7 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.MEMORY: _memory,
     Benchmark.COLDSTART: _coldstart,
     Benchmark.IDLE: _idle,
+    Benchmark.AUDIT: _audit,
     Benchmark.PEERS: _peers,
 }
 

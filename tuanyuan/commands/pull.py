@@ -10,7 +10,9 @@ from typing import Annotated
 import orjson
 import typer
 
-from flows.queues import Consumer, Delivery
+from flows.consumers import Consumer, Delivery
+from flows.log import format_id
+from flows.wire import PushEntry
 from tuanyuan.connection import ValkeyOption, VarOption, server, settings_of
 from tuanyuan.console import EXIT_USAGE, fail, note
 
@@ -22,7 +24,7 @@ Examples:
     tuanyuan pull amap --follow        and whatever comes, until Ctrl-C
 
 Entries are acknowledged after they have been printed. What a consumer was given and did not acknowledge comes again:
-deduplicate on `stream` and `id`.
+deduplicate on `stream` and `id`. What comes five times in vain goes to the dead letters: tuanyuan dead-letters --help
 """
 
 
@@ -63,7 +65,7 @@ def pull(
                     reader.acknowledge(shown)
                     held = held[: len(held) - len(deliveries)] + deliveries[len(shown) :]
                 printed += len(shown)
-                devices += sum(len(delivery.push.device_ids) for delivery in shown if delivery.push)
+                devices += sum(len(delivery.push.device_ids) for delivery in shown)
         except KeyboardInterrupt:
             pass
         except BrokenPipeError:
@@ -76,17 +78,17 @@ def pull(
 
 
 def _line(delivery: Delivery) -> bytes:
-    entry: dict[str, object] = {"stream": delivery.stream, "id": f"{delivery.entry_id[0]}-{delivery.entry_id[1]}"}
-    push = delivery.push
-    if push is None:
-        entry["fault"] = delivery.fault
-    else:
-        entry |= {
-            "alert_id": push.alert_id,
-            "revision": push.revision,
-            "kind": push.kind,
-            "ring_km": push.ring_km,
-            "at": push.at_ms,
-            "device_ids": push.device_ids,
-        }
+    entry = {"stream": delivery.stream, "id": format_id(delivery.entry_id), **push_to_json(delivery.push)}
     return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def push_to_json(push: PushEntry) -> dict[str, object]:
+    """A push as partners and operators see it."""
+    return {
+        "alert_id": push.alert_id,
+        "revision": push.revision,
+        "kind": push.kind,
+        "ring_km": push.ring_km,
+        "at": push.at_ms,
+        "device_ids": push.device_ids,
+    }

@@ -52,6 +52,9 @@ def run(
     checkpoint_interval: Annotated[
         float | None, typer.Option(help="Seconds between two checkpoints of a shard; 0: none. Default: 60.")
     ] = None,
+    keep_pushes: Annotated[
+        bool | None, typer.Option("--keep-pushes", help="Keep acknowledged pushes, for audits: the queues only grow.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No status lines.")] = False,
 ) -> None:
     """Run the live flow: read the shard logs, match, write the push queues."""
@@ -63,6 +66,7 @@ def run(
         unsafe_server=unsafe_server,
         valkey_port=valkey_port,
         checkpoint_interval_s=checkpoint_interval,
+        keep_pushes=keep_pushes,
     )
     for name in partner or ():
         if (partner or []).count(name) > 1:
