@@ -16,6 +16,7 @@ from rich.table import Table
 
 from flows.alert_json import AlertRefused, alert_to_json, parse_alert, parse_changes, parse_content
 from flows.desk import Desk, DeskAlert, DeskAnswer, Relay, RevisionConflict
+from flows.guards import refused_now
 from flows.log import SettingsMismatch
 from geoindex.entries import OUTCOMES
 from geoindex.rings import growth_times_ms, radius_km
@@ -221,6 +222,11 @@ def _answer(client: redis.Redis, desk: Desk, alert_id: str, change: Callable[[],
     """Make the event durable, copy it to every log, and say so."""
     started_s = time.monotonic()
     answer = change()
+    if (reason := refused_now(client)) is not None:
+        fail(
+            f"alert {alert_id!r}: revision {answer.revision} is durable, but reaches nobody yet: {reason}. "
+            "A flow copies it to the logs as soon as that is over"
+        )
     Relay(client).copy_pending()
     if not desk.wait_copied(answer.desk_id, COPY_TIMEOUT_S):
         fail(f"alert {alert_id!r}: revision {answer.revision} is durable, but not yet in every log; it will be copied")
