@@ -530,7 +530,8 @@ class Checkpointer:
         if cut[0] < kept_from_ms:
             cut = finals[0]
         self._metrics.gauge("log_kept_ms", max(0, now_ms - cut[0]), shard=str(shard))
-        too_long = f"no checkpoint behind log entry {format_id(cut)}" if cut[0] < kept_from_ms else None
+        words = f"raw pings are kept for too long: no checkpoint since log entry {format_id(cut)}"
+        too_long = words if cut[0] < kept_from_ms else None
         self._metrics.alarms.put("raw_pings_kept", too_long, f"shard {shard}")
         present = connection.xrange(log_key(shard), min=format_id(cut), max=format_id(cut))
         return cut if present else None
