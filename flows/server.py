@@ -419,6 +419,7 @@ class EmbeddedServer:
 
         Gives up when it is not `wanted` any more. Raises RuntimeError with the reason if it does not start; OSError.
         """
+        assert self.ended() is not None, "two servers on one directory would ruin its data"
         with _locked(self.directory):
             state = _read_state(self.directory)
             if state is not None and _is_ours(self.directory, state):
@@ -489,7 +490,7 @@ def _spawn(
 
 
 _CUT = re.compile(r"Truncating the AOF (\S+) at offset (\d+)")
-_DAMAGED = re.compile(r"(?:Bad file format|Unexpected end of file) reading the append only file (\S+?)[:. ]")
+_DAMAGED = re.compile(r"(?:Bad file format|Unexpected end of file) reading the append only file (\S+?)[:.]?(?:\s|$)")
 
 
 def _wait_until_ready(

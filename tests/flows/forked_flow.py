@@ -125,6 +125,12 @@ class ForkedFlow:
         return self._log_path.read_text(errors="replace")
 
     @property
+    def pid(self) -> int:
+        pid = self._process.pid
+        assert pid is not None, "it was started"
+        return pid
+
+    @property
     def is_alive(self) -> bool:
         return self._process.is_alive()
 

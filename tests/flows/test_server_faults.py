@@ -147,7 +147,10 @@ def test_a_full_memory_holds_everything_back_and_loses_nothing(tmp_path: Path) -
     with told(tmp_path) as (story, _):
         client = story.deployment.client
         limit = client.config_get("maxmemory")["maxmemory"]
-        client.config_set("maxmemory", 1 << 20)
+        with faults.hung(story.flow.pid):
+            # So that there is something to push when the memory is full.
+            story.deployment.publish("meanwhile")
+            client.config_set("maxmemory", 1 << 20)
         story.wait_for_alarm("pushes_held")
         story.wait_for_alarm("memory")
         # Statistics come through though nothing else does.
@@ -157,6 +160,7 @@ def test_a_full_memory_holds_everything_back_and_loses_nothing(tmp_path: Path) -
         story.wait_until_over("pushes_held")
         story.wait_until_over("memory")
         eventually(lambda: not kinds(client), timeout_s=ALARM_S)
+        story.deployment.close("meanwhile")
 
 
 def kinds(client: redis.Redis) -> set[str]:
@@ -233,9 +237,9 @@ def test_settings_changed_under_a_running_flow_stop_it_until_they_are_right_agai
 
 def test_a_flow_that_goes_on_with_an_unsafe_server_says_so_in_every_line_and_metric(tmp_path: Path) -> None:
     with deployed(tmp_path) as deployment:
+        deployment.send_crowd(1)
         deployment.client.config_set("appendfsync", "everysec")
         flow = deployment.flow(constants=HASTY, unsafe_server=True, **KEEPING)
-        deployment.send_crowd(1)
         deployment.settle()
         eventually(lambda: read_stats(deployment.client).total("unsafe_server") == 1, timeout_s=PATIENCE_S)
         stats = read_stats(deployment.client)
