@@ -239,7 +239,8 @@ class Checkpointer:
             reason, tail_lost = f"{checkpoint.path}: {fault[0]}", fault[1]
             self._metrics.count("log_tail_lost_total" if tail_lost else "checkpoints_outdated_total", shard=str(shard))
             if tail_lost:
-                self._metrics.alarms.set("log_tail_lost", reason, f"shard {shard}")
+                words = f"it does not go on behind {format_id(checkpoint.position)}, from where there is a checkpoint"
+                self._metrics.alarms.set("log_tail_lost", words, f"shard {shard}")
         else:
             try:
                 opened = OpenCheckpoint(checkpoint)

@@ -72,6 +72,8 @@ class FileRewriter:
         self._before = Rewrite(0, 0)
         """What was true when it was last looked at: what a rewrite that began since can be held to."""
         self._last: Rewrite | None = None
+        self._first_ms: dict[int, int] = {}
+        """Of logs that were never trimmed: when their first entry came."""
         self._known_since_ms = 0
         self._retry_at_s = float("-inf")
         self._stopping = threading.Event()
@@ -111,6 +113,7 @@ class FileRewriter:
         if run_id != self._run_id:
             # Nothing is known of what this run has done before.
             self._run_id, self._seen_count, self._under_way, self._before = run_id, count, None, Rewrite(0, 0)
+            self._first_ms = {}
             self._known_since_ms = self._known_since_ms or now.began_ms
         elif count != self._seen_count:
             self._seen_count = count
@@ -179,10 +182,12 @@ class FileRewriter:
         for shard, raw in enumerate(trimmed):
             if raw is not None:
                 oldest_ms = min(oldest_ms, parse_id(raw)[0])
-            else:
+                continue
+            if shard not in self._first_ms:
                 first = cast("list[tuple[bytes, Any]]", self._client.xrange(log_key(shard), count=1))
                 if first:
-                    oldest_ms = min(oldest_ms, parse_id(first[0][0])[0])
+                    self._first_ms[shard] = parse_id(first[0][0])[0]
+            oldest_ms = min(oldest_ms, self._first_ms.get(shard, oldest_ms))
         return oldest_ms
 
     def _run(self) -> None:

@@ -269,8 +269,6 @@ class _Forwarder:
                 time.sleep(0.01)
                 continue
             for key, _ in self._selector.select(0.05):
-                if not self.is_open:
-                    break
                 source = key.fileobj
                 assert isinstance(source, socket.socket)
                 if source is self._listener:

@@ -9,6 +9,7 @@ import redis
 
 from flows.alarms import ALARM_KINDS, Alarm, AlarmBoard
 from flows.metrics import Metrics, Stats, StatsPublisher, read_stats
+from tests.flows.waiting import memory_limit
 
 
 def test_an_alarm_is_one_line_when_it_is_raised_and_one_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
@@ -53,12 +54,8 @@ def test_every_kind_is_a_gauge_that_is_1_if_it_is_on_in_any_process() -> None:
 def test_alarms_are_published_by_a_server_that_takes_nothing_else(client: redis.Redis) -> None:
     metrics = Metrics()
     metrics.alarms.set("pushes_held", "the server is full", "shard 3")
-    limit = client.config_get("maxmemory")["maxmemory"]
-    client.config_set("maxmemory", 1)
-    try:
+    with memory_limit(client, 1):
         StatsPublisher(client, metrics).publish()
         stats = read_stats(client)
-    finally:
-        client.config_set("maxmemory", limit)
     assert stats.alarms == [Alarm("pushes_held", "shard 3", "the server is full")]
     assert stats.process_count == 1

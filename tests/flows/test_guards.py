@@ -24,7 +24,7 @@ from flows.log import LogReader, LogWriter, ensure_settings, last_id, log_key, p
 from flows.metrics import Metrics
 from flows.server import Link
 from geoindex.entries import DEFAULT_EXPIRY_MS, DEFAULT_SCHEDULE, Alert, Settings
-from tests.flows.waiting import eventually
+from tests.flows.waiting import eventually, memory_limit
 from tests.geoindex.machines import batch_of
 from tests.reference.events import PingEvent
 
@@ -218,9 +218,7 @@ def test_under_a_wrong_clock_no_alert_is_copied_and_afterwards_it_is(client: red
 def test_pings_wait_while_memory_fills_up_and_alerts_do_not(client: redis.Redis, watch: Watch) -> None:
     settings = ensure_settings(client, SETTINGS)
     writer = LogWriter(watch.guards.open_link, settings, watch.guards.check_pings)
-    limit = client.config_get("maxmemory")["maxmemory"]
-    try:
-        client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 1.3))
+    with memory_limit(client, int(client.info("memory")["used_memory"] * 1.3)):
         watch.guards.observe()
         with pytest.raises(PingsRefused, match=r"memory is \d\d % full") as caught:
             writer.append_pings(batch_of([a_ping()], settings.partners))
@@ -228,8 +226,6 @@ def test_pings_wait_while_memory_fills_up_and_alerts_do_not(client: redis.Redis,
         watch.guards.check_append()
         assert watch.alarms() == ["memory"]
         assert watch.metrics.value("server_memory_max_bytes") < 1.4 * watch.metrics.value("server_memory_bytes")
-    finally:
-        client.config_set("maxmemory", limit)
     watch.guards.observe()
     assert watch.alarms() == []
     assert len(writer.append_pings(batch_of([a_ping()], settings.partners))) == 1
@@ -250,13 +246,9 @@ def test_pings_wait_while_somebody_says_so(client: redis.Redis, watch: Watch) ->
 def test_a_server_without_a_limit_is_said_once(
     client: redis.Redis, watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limit = client.config_get("maxmemory")["maxmemory"]
-    client.config_set("maxmemory", 0)
-    try:
+    with memory_limit(client, 0):
         watch.guards.observe()
         watch.guards.observe()
-    finally:
-        client.config_set("maxmemory", limit)
     assert caplog.text.count("has no maxmemory") == 1
     watch.guards.check_pings()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
@@ -18,7 +19,8 @@ from flows.metrics import Metrics
 from flows.raw_pings import count_id, limit_ms, scan
 from flows.rewriting import REWRITTEN_KEY, FileRewriter
 from flows.server import EmbeddedServer, connect, link_opener
-from geoindex.entries import HOUR_MS, Settings
+from flows.wire import encode_entry
+from geoindex.entries import HOUR_MS, Settings, Tick
 from tests.flows.waiting import eventually
 from tests.geoindex.machines import batch_of
 from tests.reference.events import PingEvent
@@ -78,6 +80,10 @@ def send(client: redis.Redis, *device_ids: str) -> None:
     writer.close()
 
 
+def entries(client: redis.Redis, after: str = "-") -> list[tuple[bytes, dict[bytes, bytes]]]:
+    return cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(log_key(0), min=after))
+
+
 def rewrites(client: redis.Redis) -> int:
     return int(client.info("persistence")["aof_rewrites"])
 
@@ -90,7 +96,7 @@ def test_the_first_look_at_a_server_that_nobody_knows_has_it_rewritten(client: r
     raw = client.get(REWRITTEN_KEY)
     assert isinstance(raw, bytes)
     began_ms, oldest_ms = map(int, raw.split())
-    first = parse_id(client.xrange(log_key(0), count=1)[0][0])[0]  # type: ignore[index]
+    first = parse_id(entries(client)[0][0])[0]
     assert first == oldest_ms <= began_ms
     for _ in range(3):
         rewriting.step()
@@ -205,11 +211,10 @@ def test_after_trim_and_rewrite_a_ping_is_in_no_byte_of_any_file(
     machine = checkpointer.machine_at(0, checkpointer.begin(0))
     read = "-"
 
-    def flow(entries: Callable[[], None]) -> None:
-        """What a flow does with what comes: match it, say it is done, write a checkpoint, trim."""
+    def flow() -> None:
+        """What a flow does with what has come: match it, say it is done, write a checkpoint, trim."""
         nonlocal read
-        entries()
-        for raw_id, fields in client.xrange(log_key(0), min=read):  # type: ignore[misc]
+        for raw_id, fields in entries(client, read):
             ((kind, payload),) = fields.items()
             raw = RawEntry(0, *parse_id(raw_id), kind, payload, "run")
             entry = decode(raw)
@@ -221,16 +226,15 @@ def test_after_trim_and_rewrite_a_ping_is_in_no_byte_of_any_file(
             checkpointer.on_done(0, parse_id(raw_id))
         checkpointer.finish()
 
-    def tick_at(log_ms: int) -> Callable[[], None]:
-        return lambda: client.xadd(log_key(0), {b"tick": b"\x81\xa1v\x01"}, id=f"{log_ms}-0") and None
-
-    flow(lambda: send(client, DEVICE, "another"))
+    send(client, DEVICE, "another")
+    flow()
     assert any(name.startswith("valkey/appendonlydir") for name in occurrences(var))
     assert any(name.startswith("checkpoints/") for name in occurrences(var))
-    now_ms = parse_id(client.xrange(log_key(0))[-1][0])[0]  # type: ignore[index]
+    now_ms = parse_id(entries(client)[-1][0])[0]
     # Two checkpoints later, both beyond the live window and a sweep, nothing of it is wanted any more.
     for minute in (1, 2, 3):
-        flow(tick_at(now_ms + 60_000 * minute + WINDOW_MS))
+        client.xadd(log_key(0), dict([encode_entry(Tick())]), id=f"{now_ms + 60_000 * minute + WINDOW_MS}-0")
+        flow()
     assert client.xlen(log_key(0)) == 2
     left = occurrences(var)
     assert left and all(name.startswith("valkey/appendonlydir") for name in left), "trimming alone does not remove it"

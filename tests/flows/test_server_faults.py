@@ -24,7 +24,7 @@ from flows.supervisor import Supervisor
 from loadtest import faults
 from tests.flows.deployment import PARTNERS, PATIENCE_S, SHARDS, Deployment, deployed
 from tests.flows.forked_flow import ForkedFlow
-from tests.flows.waiting import eventually
+from tests.flows.waiting import eventually, memory_limit
 
 ALARM_S = 10.0
 """An alarm comes within this time of its cause."""
@@ -66,6 +66,9 @@ class Story:
         client = self.deployment.client
         client.connection_pool.disconnect()
         eventually(lambda: answers(client), timeout_s=PATIENCE_S)
+
+    def wait_for_restart(self, count: int) -> None:
+        eventually(lambda: self.restarts() == count, timeout_s=ALARM_S)
 
     def restarts(self) -> float:
         return self.supervisor_metrics.value("server_restarts_total")
@@ -118,7 +121,7 @@ def test_a_server_that_is_killed_is_started_again_by_its_supervisor(tmp_path: Pa
         url = story.deployment.server.url
         for life in (1, 2):
             os.kill(story.deployment.server.pid, signal.SIGKILL)
-            eventually(lambda life=life: story.restarts() == life, timeout_s=ALARM_S)
+            story.wait_for_restart(life)
             story.reconnect()
         assert story.deployment.server.url == url
         story.wait_for_alarm("server_down")
@@ -146,17 +149,16 @@ def test_a_server_that_lost_the_tail_of_its_file_takes_the_shards_back_with_it(t
 def test_a_full_memory_holds_everything_back_and_loses_nothing(tmp_path: Path) -> None:
     with told(tmp_path) as (story, _):
         client = story.deployment.client
-        limit = client.config_get("maxmemory")["maxmemory"]
-        with faults.hung(story.flow.pid):
-            # So that there is something to push when the memory is full.
-            story.deployment.publish("meanwhile")
-            client.config_set("maxmemory", 1 << 20)
-        story.wait_for_alarm("pushes_held")
-        story.wait_for_alarm("memory")
-        # Statistics come through though nothing else does.
-        eventually(lambda: {"memory", "pushes_held"} <= kinds(client), timeout_s=ALARM_S)
-        assert read_stats(client).total("alarm", kind="memory") == 1
-        client.config_set("maxmemory", limit)
+        with ExitStack() as limited:
+            with faults.hung(story.flow.pid):
+                # So that there is something to push when the memory is full.
+                story.deployment.publish("meanwhile")
+                limited.enter_context(memory_limit(client, 1 << 20))
+            story.wait_for_alarm("pushes_held")
+            story.wait_for_alarm("memory")
+            # Statistics come through though nothing else does.
+            eventually(lambda: {"memory", "pushes_held"} <= kinds(client), timeout_s=ALARM_S)
+            assert read_stats(client).total("alarm", kind="memory") == 1
         story.wait_until_over("pushes_held")
         story.wait_until_over("memory")
         eventually(lambda: not kinds(client), timeout_s=ALARM_S)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from flows.metrics import Metrics, StatsPublisher, read_stats
 from flows.server import EmbeddedServer, connect, packed
 from flows.wire import encode_pings
 from geoindex.entries import Settings
+from tests.flows.waiting import memory_limit
 from tests.geoindex.machines import batch_of
 from tests.reference.events import PingEvent
 from tests.tuanyuan import Running, compile_kernels, embedded_flow, run, run_all, wait_until
@@ -86,13 +88,13 @@ def test_health_without_a_server_is_an_alarm_that_a_program_can_read(folder: Pat
 
 
 def test_send_waits_while_the_memory_is_full_says_so_and_goes_on(folder: Path, client: redis.Redis) -> None:
-    limit = client.config_get("maxmemory")["maxmemory"]
-    client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 1.2))
+    limited = ExitStack()
+    limited.enter_context(memory_limit(client, int(client.info("memory")["used_memory"] * 1.2)))
     with Running(
         "send", "--world", "1000", "--rate", "4000", "--seconds", "0.5", folder=folder, TUANYUAN_VAR="v"
     ) as send:
         send.wait_for_words("waits: no pings are taken now: the server's memory is ")
-        client.config_set("maxmemory", limit)
+        limited.close()
         wait_until(lambda: send.code is not None, timeout_s=30.0)
         assert send.code == 0
         assert send.err.count("waits: ") == 1
