@@ -361,6 +361,8 @@ class EmbeddedServer:
     def close(self) -> None:
         """Stop the server if it is ours and no other process uses it, cleanly: it finishes its file."""
         used = self._leave()
+        if self._process is not None:
+            self._process.poll()  # one that has ended is no zombie any more
         if not self.owned:
             return
         self.owned = False
