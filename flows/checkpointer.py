@@ -100,6 +100,7 @@ class _Lane:
     """Waits for `done`."""
     final_ms: int | None = None
     """Log time of the newest final checkpoint."""
+    tail_lost_at_s: float = 0.0
     unusable: set[LogId] = field(default_factory=set)
     """Final checkpoints that `begin` had to pass over."""
 
@@ -241,6 +242,7 @@ class Checkpointer:
             if tail_lost:
                 words = f"it does not go on behind {format_id(checkpoint.position)}, from where there is a checkpoint"
                 self._metrics.alarms.set("log_tail_lost", words, f"shard {shard}")
+                self._lanes[shard].tail_lost_at_s = time.monotonic()
         else:
             try:
                 opened = OpenCheckpoint(checkpoint)
@@ -359,8 +361,11 @@ class Checkpointer:
             self._metrics.gauge("checkpoint_age_ms", max(0.0, now_ms - since_ms), shard=str(shard))
             # After a long pause the last one is old, and the next is given its time.
             late_ms = now_ms - max(since_ms, self._started_ms)
-            words = f"no checkpoint for {late_ms / 1000:.0f} s" if late_ms > limit_ms else None
+            is_late = lane.seat is not None and late_ms > limit_ms  # its machine may be in another process
+            words = f"no checkpoint for {late_ms / 1000:.0f} s" if is_late else None
             self._metrics.alarms.put("checkpoint_age", words, f"shard {shard}")
+            if lane.seat is None and time.monotonic() - lane.tail_lost_at_s > limit_ms / 1000:
+                self._metrics.alarms.clear("log_tail_lost", f"shard {shard}")
 
     # --- the thread -------------------------------------------------------------------------------------------------
 

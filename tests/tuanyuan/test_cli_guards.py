@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import redis
+import typer
+from typer.testing import CliRunner
 
 from flows.log import ensure_settings
 from flows.metrics import Metrics, StatsPublisher, read_stats
@@ -21,6 +23,7 @@ from tests.flows.waiting import memory_limit
 from tests.geoindex.machines import batch_of
 from tests.reference.events import PingEvent
 from tests.tuanyuan import Running, compile_kernels, embedded_flow, run, run_all, wait_until
+from tuanyuan.commands import alert
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,33 @@ def test_health_without_a_server_is_an_alarm_that_a_program_can_read(folder: Pat
         assert answer.code == 1
         assert answer.json["healthy"] is False
         assert [alarm["kind"] for alarm in answer.json["alarms"]] == ["server_down"]
+
+
+# ---- alert
+
+
+def test_an_alert_is_not_entrusted_to_a_server_that_may_lose_it(folder: Path, client: redis.Redis) -> None:
+    publish = ["alert", "publish", "a", "--lat", "30", "--lng", "114", "--missing-since", "now"]
+    client.config_set("appendfsync", "everysec")
+    refused, unsafe = run_all([publish, [*publish, "--unsafe-server"]], folder, TUANYUAN_VAR="v")
+    client.config_set("appendfsync", "always")
+    assert (refused.code, unsafe.code) == (3, 0)
+    assert "the server must run with appendfsync always" in refused.error
+    assert "\n[unsafe server] alert 'a': revision 1, in every log" in unsafe.err
+    assert client.xlen("desk") == 1
+
+
+def test_under_a_wrong_clock_an_alert_is_durable_and_reaches_nobody_yet(
+    client: redis.Redis, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuanyuan.commands.alert.refused_now", lambda _: "the clock is wrong")
+    publish = ["alert", "publish", "a", "--lat", "30", "--lng", "114", "--missing-since", "now", "--var", f"{folder}/v"]
+    app = typer.Typer()
+    app.add_typer(alert.app, name="alert")
+    app.command()(lambda: None)
+    ended = CliRunner().invoke(app, publish)
+    assert ended.exit_code == 1
+    assert (client.xlen("desk"), client.xlen("log:{s0}")) == (1, 1)
 
 
 # ---- send
