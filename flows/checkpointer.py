@@ -52,6 +52,16 @@ TAKE_TIMEOUT_S = 5.0
 RETRY_S = 5.0
 ROOM_SPARE = 1.02
 """Devices that come while room is made."""
+AGE_ALARM_INTERVALS = 3
+AGE_ALARM_MIN_S = 30.0
+
+_TRIM_WHEN_FULL = """#!lua flags=allow-oom
+if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return 0 end
+redis.call('SET', KEYS[2], ARGV[2])
+return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
+"""
+"""A server at `maxmemory` refuses a MULTI with SET in it, though the trim would make room; a script may say that it is
+worth it. It trims only if the entry that is to stay is there, as the MULTI does by its connection."""
 
 
 class LogTooShort(Exception):
@@ -90,6 +100,7 @@ class _Lane:
     """Waits for `done`."""
     final_ms: int | None = None
     """Log time of the newest final checkpoint."""
+    tail_lost_at_s: float = 0.0
     unusable: set[LogId] = field(default_factory=set)
     """Final checkpoints that `begin` had to pass over."""
 
@@ -228,6 +239,10 @@ class Checkpointer:
         if fault is not None:
             reason, tail_lost = f"{checkpoint.path}: {fault[0]}", fault[1]
             self._metrics.count("log_tail_lost_total" if tail_lost else "checkpoints_outdated_total", shard=str(shard))
+            if tail_lost:
+                words = f"it does not go on behind {format_id(checkpoint.position)}, from where there is a checkpoint"
+                self._metrics.alarms.set("log_tail_lost", words, f"shard {shard}")
+                self._lanes[shard].tail_lost_at_s = time.monotonic()
         else:
             try:
                 opened = OpenCheckpoint(checkpoint)
@@ -340,9 +355,17 @@ class Checkpointer:
         if not self._interval_s:
             return
         now_ms = time.time() * 1000
+        limit_ms = 1000 * max(AGE_ALARM_MIN_S, AGE_ALARM_INTERVALS * self._interval_s)
         for shard, lane in self._lanes.items():
             since_ms = self._started_ms if lane.final_ms is None else lane.final_ms
             self._metrics.gauge("checkpoint_age_ms", max(0.0, now_ms - since_ms), shard=str(shard))
+            # After a long pause the last one is old, and the next is given its time.
+            late_ms = now_ms - max(since_ms, self._started_ms)
+            is_late = lane.seat is not None and late_ms > limit_ms  # its machine may be in another process
+            words = f"no checkpoint for {late_ms / 1000:.0f} s" if is_late else None
+            self._metrics.alarms.put("checkpoint_age", words, f"shard {shard}")
+            if lane.seat is None and time.monotonic() - lane.tail_lost_at_s > limit_ms / 1000:
+                self._metrics.alarms.clear("log_tail_lost", f"shard {shard}")
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
@@ -451,6 +474,8 @@ class Checkpointer:
         lane.final_ms = written.position[0]
         lane.unusable.discard(written.position)
         self._metrics.count("checkpoints_total", shard=str(shard))
+        # From here on a restart knows nothing of a tail that was lost before.
+        self._metrics.alarms.clear("log_tail_lost", f"shard {shard}")
         self._trim(shard)
 
     def _measure(self, shard: int, written: WrittenCheckpoint, started_s: float) -> None:
@@ -480,7 +505,13 @@ class Checkpointer:
                 pipeline.multi()
                 pipeline.xtrim(log_key(shard), minid=format_id(cut), approximate=False)
                 pipeline.set(trimmed_key(shard), behind[0][0])
-                trimmed_count = pipeline.execute()[0]
+                try:
+                    trimmed_count = pipeline.execute()[0]
+                except redis.OutOfMemoryError:
+                    keys = log_key(shard), trimmed_key(shard)
+                    trimmed_count = cast(
+                        int, self._client.eval(_TRIM_WHEN_FULL, 2, *keys, format_id(cut), behind[0][0])
+                    )
             self._metrics.count("log_entries_trimmed_total", trimmed_count, shard=str(shard))
         except redis.WatchError:
             pass  # another process trims as well
@@ -505,8 +536,9 @@ class Checkpointer:
         if cut[0] < kept_from_ms:
             cut = finals[0]
         self._metrics.gauge("log_kept_ms", max(0, now_ms - cut[0]), shard=str(shard))
-        if cut[0] < kept_from_ms:
-            logger.error("shard %d: raw pings are kept for too long: no checkpoint since %s", shard, format_id(cut))
+        words = f"raw pings are kept for too long: no checkpoint since log entry {format_id(cut)}"
+        too_long = words if cut[0] < kept_from_ms else None
+        self._metrics.alarms.put("raw_pings_kept", too_long, f"shard {shard}")
         present = connection.xrange(log_key(shard), min=format_id(cut), max=format_id(cut))
         return cut if present else None
 

@@ -336,6 +336,52 @@ class OpenCheckpoint:
                 self._refuse(f"column {name!r} is damaged between bytes {start} and {stop}")
 
 
+@dataclass(frozen=True, slots=True)
+class StoredRecords:
+    """The device records of a checkpoint's file, as far as they are there."""
+
+    clock_ms: int
+    live_window_ms: int | None
+    """None: the shard had no settings yet."""
+    records: Column
+    """With the fields of `geoindex.device_kernels.RECORD`."""
+
+
+def read_records(path: Path) -> StoredRecords | None:
+    """The device records in a file that begins as a checkpoint does, also in one that was never finished; checksums are
+    not looked at. None if not even its header is whole.
+
+    For checks of what is kept for how long, not for starting from. Raises OSError.
+    """
+    with path.open("rb") as file:
+        prefix = file.read(len(MAGIC) + _FRAME.size)
+        if len(prefix) < len(MAGIC) + _FRAME.size or not prefix.startswith(MAGIC):
+            return None
+        length, header_crc = _FRAME.unpack_from(prefix, len(MAGIC))
+        header = file.read(length)
+        if len(header) < length or zlib.crc32(header) != header_crc:
+            return None
+        fields = msgpack.unpackb(header)
+        raw, dtype = b"", np.dtype([("observed_at_ms", "<i8")])
+        for name, words, rows in fields["columns"]:
+            size_bytes = rows * _unpack_dtype(words).itemsize
+            if name == "records":
+                dtype = _unpack_dtype(words)
+                blocks = []
+                for start in range(0, size_bytes, BLOCK_BYTES):
+                    blocks.append(file.read(min(BLOCK_BYTES, size_bytes - start)))
+                    file.seek(_CRC.size, os.SEEK_CUR)
+                raw = b"".join(blocks)
+                break
+            file.seek(size_bytes + _CRC.size * -(-size_bytes // BLOCK_BYTES), os.SEEK_CUR)
+    settings = fields["settings"]
+    return StoredRecords(
+        clock_ms=fields["clock_ms"],
+        live_window_ms=None if settings is None else settings["live_window_ms"],
+        records=np.frombuffer(raw, dtype, len(raw) // dtype.itemsize),
+    )
+
+
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from flows.server import connect, masked_url
 
 SHARD_COUNT_MAX = 4096
+REWRITE_INTERVAL_S = 3600.0
+"""Rule 14: raw pings stay in the file for at most the live window + 1 h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,9 @@ class FlowConfig:
     as the log entries that caused them: what an audit can recompute it also finds."""
     queue_unread_alarm_s: float = 300.0
     """A push that a partner has not acknowledged for so long is an alarm."""
+    rewrite_aof_interval_s: float | None = None
+    """How often the server is asked to rewrite its append-only file, which else keeps raw pings that were trimmed; 0:
+    never. None: hourly for the embedded server, never for another, whose owner may have other plans."""
     idle_wait_ms: int = 50
     """How long a source partition may wait when there is nothing to do; 5 in a Bytewax cluster, whose other processes
     send this worker items meanwhile."""
@@ -61,6 +66,7 @@ class FlowConfig:
             ("read_ahead_mb", self.read_ahead_mb, 1, 1 << 20),
             ("checkpoint_interval_s", self.checkpoint_interval_s, 0, 1_200),
             ("queue_unread_alarm_s", self.queue_unread_alarm_s, 1, 7 * 86_400),
+            ("rewrite_aof_interval_s", self.rewrite_interval_s, 0, 86_400),
             ("idle_wait_ms", self.idle_wait_ms, 0, 1_000),
         ):
             if not least <= value <= most:
@@ -74,6 +80,13 @@ class FlowConfig:
         if self.valkey is not None:
             shown["valkey"] = masked_url(self.valkey)
         return f"FlowConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    @property
+    def rewrite_interval_s(self) -> float:
+        """`rewrite_aof_interval_s`, or what it stands for."""
+        if self.rewrite_aof_interval_s is not None:
+            return self.rewrite_aof_interval_s
+        return REWRITE_INTERVAL_S if self.valkey is None else 0.0
 
     @property
     def embedded_directory(self) -> Path:
@@ -151,5 +164,6 @@ _PARSERS: dict[str, Any] = {
     "trim_logs": _flag,
     "keep_pushes": _flag,
     "queue_unread_alarm_s": float,
+    "rewrite_aof_interval_s": float,
     "idle_wait_ms": _whole,
 }

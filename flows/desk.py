@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ import msgpack
 import redis
 
 from flows.alert_json import AlertRefused, Changes, check_alert, check_outcome, merge_alert
+from flows.guards import AppendsRefused
 from flows.log import (
     FIRST,
     LogId,
@@ -328,9 +329,17 @@ class Relay:
 class RelayThread:
     """A safety net in every flow process: copies what a crashed publisher left on the desk, and waits for more."""
 
-    def __init__(self, client: redis.Redis, open_link: LinkOpener, metrics: Metrics = METRICS) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        open_link: LinkOpener,
+        metrics: Metrics = METRICS,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` is called ahead of every copying; it may raise AppendsRefused, and copying then waits."""
         self._client = client
         self._open_link = open_link
+        self._check = check
         self._relay = Relay(client, metrics)
         self._link: Any = None
         self._stopping = threading.Event()
@@ -354,6 +363,7 @@ class RelayThread:
             try:
                 if self._link is None:
                     self._link = self._open_link()
+                self._check()
                 copied = self._relay.copy_pending()
                 failures = 0
                 if self._stopping.is_set():
@@ -362,7 +372,7 @@ class RelayThread:
                 self._link.ask(
                     "XREAD", "COUNT", 1, "BLOCK", round(RELAY_BLOCK_S * 1000), "STREAMS", DESK_KEY, format_id(copied)
                 )
-            except (redis.RedisError, ServerRefused, SettingsMismatch) as error:
+            except (redis.RedisError, ServerRefused, SettingsMismatch, AppendsRefused) as error:
                 if self._link is not None:
                     self._link.close()
                     self._link = None

@@ -4,7 +4,9 @@
                              ^                                                        │ on_done
                              └───────────────── credit, `done` ──────────────────────┘
     desk-relay thread: alert events from the desk to the logs        stats-publisher thread: numbers once a second
-    checkpoints thread: files, and trimming behind them         queue-keeper thread: trims and watches the queues
+    checkpoints thread: files, and trimming behind them              queue-keeper thread: trims and watches the queues
+    guards thread: the server's clock, memory, settings              file-rewriter thread, if wanted: the server's file
+                                                                     without what was trimmed
 
 Starting: check the server, read the settings (or write them, on a server without logs). Each shard then starts behind
 its newest usable checkpoint, or from its log's first entry, and does so again when the server was restarted or the log
@@ -33,6 +35,7 @@ from flows.checkpointer import Checkpointer, LogTooShort
 from flows.checkpoints import CheckpointStore
 from flows.config import FlowConfig
 from flows.desk import RelayThread
+from flows.guards import Guards
 from flows.log import (
     FIRST,
     NOT_STARTED,
@@ -49,7 +52,8 @@ from flows.match import Reload, ShardPushes, build_flow, shard_key, shard_of_key
 from flows.metrics import METRICS, Metrics, StatsPublisher
 from flows.queue_keeper import QueueKeeper
 from flows.queues import DoneFollower, PushWriter
-from flows.server import link_opener, worth_a_line
+from flows.rewriting import FileRewriter
+from flows.server import worth_a_line
 from geoindex.entries import HOUR_MS, Settings
 from geoindex.shard import SettingsRefused, ShardMachine
 
@@ -225,19 +229,27 @@ class LiveFlow:
         self._machines: dict[int, ShardMachine] = {}
         self._stopping = threading.Event()
         self._idle_wait_s = config.idle_wait_ms / 1000
-        open_link = link_opener(client, config.unsafe_server)
+        keep_ms = settings.live_window_ms + HOUR_MS
+        self._guards = guards = Guards(client, config.unsafe_server, self.metrics)
+        open_link = guards.open_link
         limits = ReaderLimits(
             entries_max=2 * config.in_flight_max,
             process_bytes_max=config.read_ahead_mb << 20,
             in_flight_max=config.in_flight_max,
         )
-        self._reader = LogReader(open_link, dict.fromkeys(self._shards), limits, self.metrics)
+        self._reader = LogReader(
+            open_link,
+            dict.fromkeys(self._shards),
+            limits,
+            self.metrics,
+            ticks_refused=guards.appends_refused,
+        )
         self._checkpointer = Checkpointer(
             CheckpointStore(config.checkpoint_directory, settings),
             client,
             self._shards,
             config.checkpoint_interval_s,
-            settings.live_window_ms + HOUR_MS,
+            keep_ms,
             self.metrics,
             config.trim_logs,
         )
@@ -248,7 +260,8 @@ class LiveFlow:
         self._keeper = QueueKeeper(
             open_link, self._shards, self.metrics, config.keep_pushes, 1000 * config.queue_unread_alarm_s
         )
-        self._relay = RelayThread(client, open_link, self.metrics)
+        self._relay = RelayThread(client, open_link, self.metrics, guards.check_append)
+        self._rewriter = FileRewriter(client, settings.shard_count, config.rewrite_interval_s, keep_ms, self.metrics)
         self._stats = StatsPublisher(client, self.metrics, self._set_gauges)
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -272,10 +285,8 @@ class LiveFlow:
 
     def start(self) -> None:
         """Start the threads."""
-        for thread in (
-            *(self._reader, self._writer, self._follower, self._checkpointer),
-            *(self._keeper, self._relay, self._stats),
-        ):
+        threads = self._reader, self._writer, self._follower, self._checkpointer, self._keeper
+        for thread in (self._guards, *threads, self._relay, self._rewriter, self._stats):
             if thread is not None:
                 thread.start()
 
@@ -301,10 +312,8 @@ class LiveFlow:
     def end(self) -> None:
         """Stop the threads."""
         self._stopping.set()
-        for thread in (
-            *(self._relay, self._reader, self._writer, self._follower),
-            *(self._checkpointer, self._keeper, self._stats),
-        ):
+        threads = self._reader, self._writer, self._follower, self._checkpointer, self._keeper
+        for thread in (self._relay, self._rewriter, *threads, self._guards, self._stats):
             if thread is not None:
                 thread.stop()
 

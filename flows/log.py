@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -300,17 +300,20 @@ class Appended:
 class LogWriter:
     """Appends pings to the shard logs. For one thread."""
 
-    def __init__(self, open_link: LinkOpener, settings: Settings) -> None:
+    def __init__(self, open_link: LinkOpener, settings: Settings, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called ahead of every append; what it raises (`Guards.check_pings`) stops it."""
         self.settings = settings
         self._open_link = open_link
+        self._check = check
         self._link: Link | None = None
 
     def append_pings(self, batch: PingBatch) -> list[Appended]:
         """Split the pings by shard and append them, at most PINGS_PER_ENTRY_MAX an entry; order kept within a shard.
 
         `batch`: screened, partners by the settings' list, without `at_ms`.
-        Raises redis.ResponseError (say, out of memory), redis.ConnectionError, redis.TimeoutError: then some of the
-        entries may have been appended. Send the whole batch again: a ping that comes twice changes nothing.
+        Raises redis.ResponseError (say, out of memory), redis.ConnectionError, redis.TimeoutError, ServerRefused and
+        what `check` raises: then some of the entries may have been appended. Send the whole batch again: a ping that
+        comes twice changes nothing.
         """
         appended: list[Appended] = []
         waiting: list[tuple[int, bytes, int]] = []
@@ -336,6 +339,7 @@ class LogWriter:
     def _append(self, entries: list[tuple[int, bytes, int]]) -> list[Appended]:
         if not entries:
             return []
+        self._check()
         if self._link is None:
             self._link = self._open_link()
         parts: list[bytes] = []
@@ -422,12 +426,17 @@ class LogReader:
         limits: ReaderLimits | None = None,
         metrics: Metrics = METRICS,
         writes_ticks: bool = True,
+        ticks_refused: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """`positions`: for each shard the id of the last entry that is *not* to be read again; None: `seek` says."""
+        """`positions`: for each shard the id of the last entry that is *not* to be read again; None: `seek` says.
+
+        `ticks_refused`: why no tick may be written now (`Guards.appends_refused`), or None.
+        """
         self._open_link = open_link
         self._limits = limits or ReaderLimits()
         self._metrics = metrics
         self._writes_ticks = writes_ticks
+        self._ticks_refused = ticks_refused
         self._bytes_max = self._limits.process_bytes_max // max(1, len(positions))
         self._shards = {
             shard: _Shard(FIRST, stopped=NOT_STARTED) if position is None else _Shard(position)
@@ -612,7 +621,8 @@ class LogReader:
             if isinstance(reply, redis.ResponseError):
                 # The clock of a silent shard stands still until this is over: rings do not grow.
                 self._metrics.count("tick_errors_total", shard=str(shard))
-                logger.warning("%s: no tick: %s", log_key(shard), reply)
+            problem = f"no tick: {reply}" if isinstance(reply, redis.ResponseError) else None
+            self._metrics.alarms.put("ticks_held", problem, log_key(shard))
         streams, trimmed = link.receive(), link.receive()
         for reply in (streams, trimmed):
             if isinstance(reply, redis.ResponseError):
@@ -654,6 +664,7 @@ class LogReader:
                     self._entry_bytes += (_held_bytes(entry) - self._entry_bytes) // 16
                 if entries:
                     state.quiet_since_s = now_s
+                    self._metrics.alarms.clear("ticks_held", log_key(shard))
                 elif not state.at_head:
                     # Silent since its last entry, by the server's clock: on a quiet log that may be long ago.
                     quiet_s = max(0.0, link.now_ms() - position[0]) / 1000
@@ -664,7 +675,7 @@ class LogReader:
 
     def _ticks_due(self, open_to_read: Iterable[int]) -> tuple[list[int], float]:
         """Shards at the head of their logs that have been silent for long enough, and how long to block otherwise."""
-        if not self._writes_ticks:
+        if not self._writes_ticks or self._ticks_refused() is not None:
             return [], BLOCK_S
         now_s = time.monotonic()
         quiet_s = {shard: now_s - self._shards[shard].quiet_since_s for shard in open_to_read if self._at_head(shard)}

@@ -13,10 +13,14 @@ second; `read_stats` adds the snapshots of all processes up.
     checkpoint_age_ms{shard}                 checkpoint_duration_ms{shard}    checkpoint_bytes{shard}
     checkpoints_damaged_total{shard}         checkpoints_outdated_total{shard} checkpoint_load_ms{shard}
     log_entries_trimmed_total{shard}         log_trim_errors_total{shard}     log_kept_ms{shard}
-    log_tail_lost_total{shard}: an alarm     checkpoint_age_ms beyond three intervals: an alarm
+    log_tail_lost_total{shard}
     queue_entries{partner,shards}            queue_pending{partner,shards}    queue_entries_trimmed_total{partner}
     queue_oldest_unacknowledged_ms{partner,shards}    dead_letters_total{partner}    queue_keeper_errors_total
-    alarm{kind="queue_unread"}: 1 while a partner leaves pushes unacknowledged for too long
+    alarm{kind}: 0 or 1 (`flows.alarms`)     unsafe_server: 0 or 1             clock_offset_ms: server's minus ours
+    server_memory_bytes                      server_memory_max_bytes          server_runs_total: runs of the server seen
+    server_restarts_total                    server_disk_free_bytes           (of the embedded server's supervisor)
+    aof_rewrites_total                       aof_rewrite_failures_total       aof_rewrite_age_ms (since the last began)
+    aof_rewrite_duration_ms                  raw_pings_age_ms: no raw ping in the append-only file is older
 """
 
 from __future__ import annotations
@@ -33,12 +37,22 @@ from typing import Any, cast
 import msgpack
 import redis
 
+from flows.alarms import ALARM_KINDS, Alarm, AlarmBoard
+
 logger = logging.getLogger(__name__)
 
 STATS_KEY = "stats"
 """Sorted set: process names by the ms of their last snapshot."""
 STATS_EXPIRY_S = 5
 """A process that has said nothing for this long is gone."""
+_ON_IF_ANYWHERE = {"alarm", "unsafe_server"}
+"""Gauges that are 1 for all if they are 1 for one process."""
+
+_PUBLISH_WHEN_FULL = """#!lua flags=allow-oom
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[4])
+"""
+"""A server at `maxmemory` refuses SET, just when somebody should see why; a script may say that it is worth it."""
 
 BUCKETS_MS = tuple(round(0.25 * 2**octave * (1 + step / 4), 4) for octave in range(18) for step in range(4))
 """Upper bounds: four to a doubling, 0.25 ms to 57 s, so that a quantile is at most 25 % too high (19 % on average)."""
@@ -66,6 +80,7 @@ class Metrics:
         self._counters: dict[tuple[str, Labels], float] = {}
         self._gauges: dict[tuple[str, Labels], float] = {}
         self._histograms: dict[str, Histogram] = {}
+        self.alarms = AlarmBoard()
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Raise a counter."""
@@ -93,12 +108,18 @@ class Metrics:
             return self._counters.get(key, self._gauges.get(key, 0))
 
     def snapshot(self) -> dict[str, Any]:
-        """All numbers, msgpack-ready: counters and gauges as [name, {label: value}, number], histograms by name."""
+        """All numbers, msgpack-ready: counters and gauges as [name, {label: value}, number], histograms by name, alarms
+        that are on as [kind, source, words].
+        """
+        alarms = self.alarms.current()
+        kinds = {alarm.kind for alarm in alarms}
         with self._lock:
             return {
                 "at_ms": round(time.time() * 1000),
+                "alarms": [list(alarm) for alarm in alarms],
                 "counters": [[name, dict(labels), number] for (name, labels), number in self._counters.items()],
-                "gauges": [[name, dict(labels), number] for (name, labels), number in self._gauges.items()],
+                "gauges": [[name, dict(labels), number] for (name, labels), number in self._gauges.items()]
+                + [["alarm", {"kind": kind}, int(kind in kinds)] for kind in ALARM_KINDS],
                 "histograms": {
                     name: {"bucket_counts": list(histogram.counts), "sum_ms": histogram.sum_ms}
                     for name, histogram in self._histograms.items()
@@ -115,6 +136,8 @@ class Stats:
 
     def __init__(self, snapshots: Iterable[dict[str, Any]] = ()) -> None:
         self.process_count = 0
+        self.alarms: list[Alarm] = []
+        """Those that are on in any process; one that several have seen stands here once for each."""
         self._counters: dict[tuple[str, Labels], float] = {}
         self._gauges: dict[tuple[str, Labels], float] = {}
         self._buckets: dict[str, list[int]] = {}
@@ -126,8 +149,11 @@ class Stats:
         for name, labels, number in snapshot["counters"]:
             key = name, tuple(labels.items())
             self._counters[key] = self._counters.get(key, 0) + number
+        self.alarms += [Alarm(*alarm) for alarm in snapshot["alarms"]]
         for name, labels, number in snapshot["gauges"]:
-            self._gauges[name, tuple(labels.items())] = number
+            key = name, tuple(labels.items())
+            before = self._gauges.get(key, 0) if name in _ON_IF_ANYWHERE else number
+            self._gauges[key] = max(before, number)
         for name, histogram in snapshot["histograms"].items():
             counts = histogram["bucket_counts"]
             before = self._buckets.get(name, [0] * len(counts))
@@ -213,12 +239,16 @@ class StatsPublisher:
         try:
             self._before()
             snapshot = self._metrics.snapshot()
-            at_ms = snapshot["at_ms"]
-            with self._client.pipeline(transaction=False) as pipeline:
-                pipeline.set(f"{STATS_KEY}:{self._name}", msgpack.packb(snapshot), ex=STATS_EXPIRY_S)
-                pipeline.zadd(STATS_KEY, {self._name: at_ms})
-                pipeline.zremrangebyscore(STATS_KEY, "-inf", at_ms - 3_600_000)
-                pipeline.execute()
+            key, packed, at_ms = f"{STATS_KEY}:{self._name}", msgpack.packb(snapshot), snapshot["at_ms"]
+            try:
+                with self._client.pipeline(transaction=False) as pipeline:
+                    pipeline.set(key, packed, ex=STATS_EXPIRY_S)
+                    pipeline.zadd(STATS_KEY, {self._name: at_ms})
+                    pipeline.zremrangebyscore(STATS_KEY, "-inf", at_ms - 3_600_000)
+                    pipeline.execute()
+            except redis.OutOfMemoryError:
+                arguments = (packed, str(STATS_EXPIRY_S), str(at_ms), self._name)
+                self._client.eval(_PUBLISH_WHEN_FULL, 2, key, STATS_KEY, *arguments)
             self._was_down = False
         except redis.RedisError as error:
             if not self._was_down:

@@ -178,7 +178,6 @@ class QueueKeeper:
         self._queues: dict[tuple[int, str], _Queue] = {}
         self._settings_payload: bytes | None = None
         self._partners: tuple[str, ...] = ()
-        self._unread: set[str] = set()
 
     def start(self) -> None:
         """Start the thread."""
@@ -353,7 +352,6 @@ class QueueKeeper:
     # --- watching ---------------------------------------------------------------------------------------------------
 
     def _report(self, queues: Sequence[_Queue], disabled: set[str], now_ms: float) -> None:
-        unread: dict[str, str] = {}
         for partner in self._partners:
             of_partner = [queue for queue in queues if queue.partner == partner]
             labels = {"partner": partner, "shards": self._label}
@@ -364,17 +362,13 @@ class QueueKeeper:
             self._metrics.gauge("queue_entries", sum(queue.entry_count for queue in of_partner), **labels)
             self._metrics.gauge("queue_pending", pending if enabled else 0, **labels)
             self._metrics.gauge("queue_oldest_unacknowledged_ms", age_ms, **labels)
+            words = None
             if age_ms > self._unread_alarm_ms:
                 read_never = any(queue.entry_count and not queue.groups for queue in of_partner)
-                unread[partner] = f"the oldest unacknowledged push of {partner!r} is {age_ms / 1000:,.0f} s old" + (
+                words = f"the oldest unacknowledged push of {partner!r} is {age_ms / 1000:,.0f} s old" + (
                     ", and some of its queues have no consumer group" if read_never else ""
                 )
-        for partner in unread.keys() - self._unread:
-            logger.error("alarm: %s", unread[partner])
-        for partner in self._unread - unread.keys():
-            logger.warning("alarm over: %r reads its pushes again, or was disabled", partner)
-        self._unread = set(unread)
-        self._metrics.gauge("alarm", 1 if unread else 0, kind=ALARM)
+            self._metrics.alarms.put(ALARM, words, partner)
 
 
 def _behind(log_id: LogId) -> LogId:

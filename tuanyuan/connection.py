@@ -34,24 +34,35 @@ def read_config(**options: Any) -> FlowConfig:
         fail(str(problem), EXIT_USAGE)
 
 
+class NoServer(Exception):
+    """No embedded server runs where it was looked for. The message says what to do."""
+
+
 @contextmanager
 def server(valkey: str | None, var: Path | None) -> Iterator[redis.Redis]:
     """A client of the server that is already running; ends the command if there is none."""
-    config = read_config(valkey=valkey, var=var)
-    if config.valkey is not None:
-        client = connect(config.valkey)
-    else:
-        embedded = EmbeddedServer.find(config.embedded_directory)
-        if embedded is None:
-            fail(
-                f"no server runs under {config.embedded_directory}: start one with `tuanyuan run` "
-                "(in another terminal), or name one with --valkey"
-            )
-        client = connect(embedded.url)
+    try:
+        client = find_server(valkey, var)
+    except NoServer as problem:
+        fail(str(problem))
     try:
         yield client
     finally:
         client.close()
+
+
+def find_server(valkey: str | None, var: Path | None) -> redis.Redis:
+    """A client of the server that is already running. Raises NoServer."""
+    config = read_config(valkey=valkey, var=var)
+    if config.valkey is not None:
+        return connect(config.valkey)
+    embedded = EmbeddedServer.find(config.embedded_directory)
+    if embedded is None:
+        raise NoServer(
+            f"no server runs under {config.embedded_directory}: start one with `tuanyuan run` "
+            "(in another terminal), or name one with --valkey"
+        )
+    return connect(embedded.url)
 
 
 def settings_of(client: redis.Redis) -> Settings:

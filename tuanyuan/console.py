@@ -8,6 +8,8 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from flows.log_lines import UNSAFE_MARK, says_unsafe
+
 console = Console()
 """Results."""
 notes = Console(stderr=True)
@@ -31,7 +33,8 @@ def fail(words: str, code: int = EXIT_FAILED) -> NoReturn:
 
 def note(words: str) -> None:
     """A line on stderr, for a person."""
-    notes.print(words, markup=False, highlight=False, soft_wrap=True)
+    mark = UNSAFE_MARK if says_unsafe() else ""
+    notes.print(f"{mark}{words}", markup=False, highlight=False, soft_wrap=True)
 
 
 def duration_ms(text: str) -> int:

@@ -102,8 +102,8 @@ class Sender(threading.Thread):
             seed += 1
             try:
                 writer.append_pings(batch_of(crowd(seed, 200, round(time.time() * 1000)), PARTNERS))
-            except (redis.ConnectionError, redis.TimeoutError):
-                continue  # the server is down: a ping more or less
+            except redis.RedisError:
+                continue  # the server is down, or full: a ping more or less
         writer.close()
         client.close()
 
@@ -159,9 +159,17 @@ class Deployment:
 
     # ---- what goes on
 
-    def flow(self, crash: str | None = None, **options: Any) -> ForkedFlow:
+    def flow(
+        self,
+        crash: str | None = None,
+        constants: dict[str, Any] | None = None,
+        url: str | None = None,
+        **options: Any,
+    ) -> ForkedFlow:
+        """`url`: another way to the server."""
         self._flow_count += 1
-        flow = ForkedFlow(self.server.url, self.var, self.folder / f"flow-{self._flow_count}.log", crash, **options)
+        log_path = self.folder / f"flow-{self._flow_count}.log"
+        flow = ForkedFlow(url or self.server.url, self.var, log_path, crash, constants, **options)
         self._exits.callback(flow.kill)
         return flow
 

@@ -75,11 +75,17 @@ CRASHES: dict[str, Callable[[], None]] = {
 """Points at which a flow kills itself: what happens to the code before it runs."""
 
 
-def _run(url: str, var: str, log_path: str, crash: str | None, options: dict[str, Any]) -> None:
+def _run(
+    url: str, var: str, log_path: str, crash: str | None, constants: dict[str, Any], options: dict[str, Any]
+) -> None:
     with Path(log_path).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        assert hasattr(sys.modules[module], constant), f"no such constant: {name}"
+        setattr(sys.modules[module], constant, value)
     if crash is not None:
         CRASHES[crash]()
     client = connect(url)
@@ -95,17 +101,34 @@ def _run(url: str, var: str, log_path: str, crash: str | None, options: dict[str
 
 
 class ForkedFlow:
-    """One flow process; `crash`: one of CRASHES; `options`: fields of `FlowConfig`."""
+    """One flow process; `crash`: one of CRASHES; `constants`: other values for some, as {"flows.server.NAME": value};
+    `options`: fields of `FlowConfig`.
+    """
 
-    def __init__(self, url: str, var: Path, log_path: Path, crash: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        var: Path,
+        log_path: Path,
+        crash: str | None = None,
+        constants: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         self._log_path = log_path
         log_path.touch()
-        self._process = _CONTEXT.Process(target=_run, args=(url, str(var), str(log_path), crash, options), daemon=True)
+        arguments = (url, str(var), str(log_path), crash, constants or {}, options)
+        self._process = _CONTEXT.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
 
     @property
     def said(self) -> str:
         return self._log_path.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        pid = self._process.pid
+        assert pid is not None, "it was started"
+        return pid
 
     @property
     def is_alive(self) -> bool:

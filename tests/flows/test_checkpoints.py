@@ -36,7 +36,7 @@ from flows.metrics import Metrics
 from geoindex.entries import HOUR_MS, Settings, Tick
 from geoindex.shard import SettingsRefused, ShardMachine
 from geoindex.snapshot import Columns
-from tests.flows.waiting import eventually
+from tests.flows.waiting import eventually, memory_limit
 from tests.geoindex.test_snapshot import assert_same, log_entries, plain, rearranged, some_machine
 from tests.reference.generator import generate_log
 
@@ -418,6 +418,42 @@ def test_trimming_never_turns_back_what_another_process_trimmed(
     monkeypatch.setattr(flow.checkpointer, "_cut", meanwhile)
     flow.checkpointer._trim(SHARD)
     assert client.get(trimmed_key(SHARD)) == format_id(positions[4]).encode()
+
+
+def test_a_server_whose_memory_is_full_is_trimmed_all_the_same(client: redis.Redis, start: Callable[..., Flow]) -> None:
+    flow = start()
+    positions = [flow.tick() for _ in range(6)]
+    for position in positions[2:4]:
+        put(flow.store, flow.machine, position)
+    with memory_limit(client, 1):
+        with pytest.raises(redis.OutOfMemoryError):
+            client.set("anything", "else")
+        flow.checkpointer._trim(SHARD)
+    assert client.get(trimmed_key(SHARD)) == format_id(positions[1]).encode()
+    assert client.xlen(log_key(SHARD)) == 4
+    assert flow.count("log_entries_trimmed_total") == 3  # the settings, too
+
+
+def test_a_full_server_that_lost_the_entry_that_should_stay_is_not_trimmed(
+    client: redis.Redis, start: Callable[..., Flow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = start()
+    positions = [flow.tick() for _ in range(6)]
+    for position in positions[2:4]:
+        put(flow.store, flow.machine, position)
+    cut = flow.checkpointer._cut
+
+    def meanwhile(shard: int, connection: Any) -> LogId | None:
+        found = cut(shard, connection)
+        client.xdel(log_key(SHARD), format_id(positions[2]))
+        client.config_set("maxmemory", 1)
+        return found
+
+    monkeypatch.setattr(flow.checkpointer, "_cut", meanwhile)
+    with memory_limit(client, 1 << 30):
+        flow.checkpointer._trim(SHARD)
+    assert client.get(trimmed_key(SHARD)) is None
+    assert client.xlen(log_key(SHARD)) == 6
 
 
 def test_a_log_that_was_kept_for_too_long_is_trimmed_behind_the_newest_checkpoint(

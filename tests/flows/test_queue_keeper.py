@@ -102,8 +102,8 @@ class Keeping:
         return self.metrics.value(name, partner=partner, shards="0-1")
 
     @property
-    def alarm(self) -> float:
-        return self.metrics.value("alarm", kind="queue_unread")
+    def alarm(self) -> int:
+        return sum(alarm.kind == "queue_unread" for alarm in self.metrics.alarms.current())
 
 
 @pytest.fixture
@@ -369,15 +369,15 @@ def test_partner_that_does_not_read_raises_an_alarm_until_it_does(
     keeping.read(1, partner="didi")
     keeping.keeper.round()
     assert keeping.alarm == 1
-    assert "alarm: the oldest unacknowledged push of 'didi' is 40 s old" in caplog.text
+    assert "alarm queue_unread (didi): the oldest unacknowledged push of 'didi' is 40 s old" in caplog.text
     assert "'amap'" not in caplog.text
     keeping.keeper.round()
-    assert caplog.text.count("alarm: ") == 1
+    assert caplog.text.count("alarm queue_unread") == 1
     keeping.acknowledge(60, partner="didi")
     with caplog.at_level(logging.WARNING):
         keeping.keeper.round()
     assert keeping.alarm == 0
-    assert "alarm over: 'didi' reads its pushes again" in caplog.text
+    assert "alarm queue_unread (didi): is over" in caplog.text
     keeping.keeper.stop()
 
 

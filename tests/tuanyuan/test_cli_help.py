@@ -159,7 +159,19 @@ def helps(folder: Path) -> dict[str, Ran]:
 
 
 def test_the_help_lists_every_command(helps: dict[str, Ran]) -> None:
-    expected = {"match", "run", "send", "pull", "demo", "warmup", "health", "alert", "audit", "dead-letters"}
+    expected = {
+        "match",
+        "run",
+        "send",
+        "pull",
+        "demo",
+        "warmup",
+        "health",
+        "retention",
+        "alert",
+        "audit",
+        "dead-letters",
+    }
     assert {name for name in helps if name and " " not in name} >= expected
     assert {name for name in helps if " " in name} >= {
         *(f"alert {name}" for name in ("publish", "update", "close", "list", "show")),

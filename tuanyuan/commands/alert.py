@@ -16,10 +16,13 @@ from rich.table import Table
 
 from flows.alert_json import AlertRefused, alert_to_json, parse_alert, parse_changes, parse_content
 from flows.desk import Desk, DeskAlert, DeskAnswer, Relay, RevisionConflict
+from flows.guards import refused_now
 from flows.log import SettingsMismatch
+from flows.log_lines import say_unsafe
+from flows.server import Link, ServerRefused
 from geoindex.entries import OUTCOMES
 from geoindex.rings import growth_times_ms, radius_km
-from tuanyuan.connection import ValkeyOption, VarOption, server, settings_of
+from tuanyuan.connection import ValkeyOption, VarOption, read_config, server, settings_of
 from tuanyuan.console import EXIT_REFUSED, EXIT_USAGE, console, fail, note
 
 COPY_TIMEOUT_S = 10.0
@@ -50,6 +53,9 @@ AudienceOption = Annotated[list[str] | None, typer.Option(help="Only this partne
 ExpiresOption = Annotated[str | None, typer.Option(help="Default: 72 h after the child went missing.")]
 FileOption = Annotated[Path | None, typer.Option("--file", help="The alert as a JSON object, instead of options.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+UnsafeOption = Annotated[
+    bool | None, typer.Option("--unsafe-server", help="Go on with a server that may lose what it acknowledged.")
+]
 RevisionOption = Annotated[
     int | None, typer.Option(help="The revision you saw: refused if somebody edited the alert since.")
 ]
@@ -67,6 +73,7 @@ def publish(
     exercise: Annotated[bool, typer.Option("--exercise", help="An exercise, for the --audience alone.")] = False,
     file: FileOption = None,
     json: JsonOption = False,
+    unsafe_server: UnsafeOption = None,
     valkey: ValkeyOption = None,
     var: VarOption = None,
 ) -> None:
@@ -74,7 +81,7 @@ def publish(
     words = _words(alert_id, lat, lng, missing_since, schedule, audience, expires_at, file)
     if exercise:
         words["status"] = "exercise"
-    with _desk(valkey, var) as (client, desk):
+    with _safe_desk(valkey, var, unsafe_server) as (client, desk):
         alert = parse_alert(words, "publish", settings_of(client).default_schedule)
         content = parse_content(words)
         _answer(client, desk, alert.alert_id, lambda: desk.publish(alert, content), json)
@@ -92,12 +99,13 @@ def update(
     file: FileOption = None,
     revision: RevisionOption = None,
     json: JsonOption = False,
+    unsafe_server: UnsafeOption = None,
     valkey: ValkeyOption = None,
     var: VarOption = None,
 ) -> None:
     """Edit an open alert: what is not named stays as it is. Everyone told hears of it."""
     words = _words(alert_id, lat, lng, missing_since, schedule, audience, expires_at, file)
-    with _desk(valkey, var) as (client, desk):
+    with _safe_desk(valkey, var, unsafe_server) as (client, desk):
         _, _, changes = parse_changes(words, "update")
         content = parse_content(words)
         if not changes and not content:
@@ -111,11 +119,12 @@ def close(
     outcome: Annotated[str, typer.Option(help=f"One of {', '.join(OUTCOMES)}.")],
     revision: RevisionOption = None,
     json: JsonOption = False,
+    unsafe_server: UnsafeOption = None,
     valkey: ValkeyOption = None,
     var: VarOption = None,
 ) -> None:
     """End an alert: everyone told hears that the search has ended."""
-    with _desk(valkey, var) as (client, desk):
+    with _safe_desk(valkey, var, unsafe_server) as (client, desk):
         _answer(client, desk, alert_id, lambda: desk.close(alert_id, outcome, revision), json)
 
 
@@ -167,6 +176,20 @@ def _desk(valkey: str | None, var: Path | None) -> Iterator[tuple[redis.Redis, D
             yield client, Desk(client)
         except (AlertRefused, RevisionConflict, SettingsMismatch) as refusal:
             fail(str(refusal), EXIT_REFUSED)
+
+
+@contextmanager
+def _safe_desk(valkey: str | None, var: Path | None, unsafe_server: bool | None) -> Iterator[tuple[redis.Redis, Desk]]:
+    """A desk on a server that keeps what it acknowledges: an officer's answer must survive a crash."""
+    config = read_config(valkey=valkey, var=var, unsafe_server=unsafe_server)
+    with _desk(valkey, var) as (client, desk):
+        try:
+            link = Link(client, config.unsafe_server)
+        except ServerRefused as refusal:
+            fail(str(refusal), EXIT_REFUSED)
+        link.close()
+        say_unsafe(bool(link.faults))
+        yield client, desk
 
 
 def _words(
@@ -221,6 +244,11 @@ def _answer(client: redis.Redis, desk: Desk, alert_id: str, change: Callable[[],
     """Make the event durable, copy it to every log, and say so."""
     started_s = time.monotonic()
     answer = change()
+    if (reason := refused_now(client)) is not None:
+        fail(
+            f"alert {alert_id!r}: revision {answer.revision} is durable, but reaches nobody yet: {reason}. "
+            "A flow copies it to the logs as soon as that is over"
+        )
     Relay(client).copy_pending()
     if not desk.wait_copied(answer.desk_id, COPY_TIMEOUT_S):
         fail(f"alert {alert_id!r}: revision {answer.revision} is durable, but not yet in every log; it will be copied")

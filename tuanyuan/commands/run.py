@@ -18,6 +18,7 @@ from flows.live import LiveFlow, open_flow
 from flows.log import SettingsMismatch
 from flows.metrics import METRICS
 from flows.server import EmbeddedServer, ServerRefused, connect, masked_url
+from flows.supervisor import Supervisor
 from geoindex.entries import Settings
 from geoindex.shard import SettingsRefused
 from tuanyuan.connection import ValkeyOption, VarOption, read_config
@@ -53,7 +54,12 @@ def run(
         float | None, typer.Option(help="Seconds between two checkpoints of a shard; 0: none. Default: 60.")
     ] = None,
     keep_pushes: Annotated[
-        bool | None, typer.Option("--keep-pushes", help="Keep acknowledged pushes, for audits: the queues only grow.")
+        bool | None,
+        typer.Option("--keep-pushes", help="Keep acknowledged pushes, for audits: the queues only grow."),
+    ] = None,
+    rewrite_aof_interval: Annotated[
+        float | None,
+        typer.Option(help="Seconds between two rewrites of the server's file; 0: never. Default: 3600 if embedded."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No status lines.")] = False,
 ) -> None:
@@ -67,6 +73,7 @@ def run(
         valkey_port=valkey_port,
         checkpoint_interval_s=checkpoint_interval,
         keep_pushes=keep_pushes,
+        rewrite_aof_interval_s=rewrite_aof_interval,
     )
     for name in partner or ():
         if (partner or []).count(name) > 1:
@@ -86,6 +93,9 @@ def run(
             except (RuntimeError, OSError) as problem:
                 fail(f"the embedded server does not start: {problem}")
             stack.callback(embedded.close)
+            supervisor = Supervisor(embedded, on_wait=note)
+            supervisor.start()
+            stack.callback(supervisor.stop)
             url, shown = embedded.url, f"{embedded.tcp_url} (embedded, data in {config.embedded_directory})"
         else:
             url, shown = config.valkey, masked_url(config.valkey)

@@ -13,7 +13,9 @@ import redis
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flows.guards import RETRY_AFTER_S, AppendsRefused, Guards
 from flows.log import LogWriter, add_partner, partner_name_problem
+from flows.metrics import Metrics
 from flows.recording import PingReader, RecordedPings, UnreadableFile
 from flows.server import link_opener
 from geoindex.columns import PingBatch
@@ -23,6 +25,8 @@ from tuanyuan.connection import ValkeyOption, VarOption, server, settings_of
 from tuanyuan.console import EXIT_REFUSED, EXIT_USAGE, console, fail, note, notes
 
 BATCH_PINGS = 65_536
+GONE_S = 60.0
+"""A server that is started again is back by then."""
 BATCHES_PER_S_MIN = 20
 """Of a world that sends at a rate: its pings come in at most 50 ms steps."""
 
@@ -70,12 +74,56 @@ def send(
             _send_world(made, client, rate, seconds, json)
 
 
+class PatientWriter:
+    """Appends pings, and waits for as long as the server wants none: says so once, and goes on by itself."""
+
+    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+        self._guards = Guards(client, unsafe=True, metrics=Metrics())
+        self._guards.start()
+        self._writer = LogWriter(link_opener(client, unsafe=True), settings, self._guards.check_pings)
+
+    @property
+    def settings(self) -> Settings:
+        return self._writer.settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._writer.settings = settings
+
+    def append_pings(self, batch: PingBatch) -> None:
+        """Raises redis.RedisError if the server is gone for longer than GONE_S."""
+        waits_for: str | None = None
+        gone_at_s = time.monotonic() + GONE_S
+        while True:
+            try:
+                self._writer.append_pings(batch)
+            except (AppendsRefused, redis.OutOfMemoryError) as refusal:
+                reason = str(refusal)
+                gone_at_s = time.monotonic() + GONE_S
+            except (redis.ConnectionError, redis.TimeoutError) as problem:
+                if time.monotonic() > gone_at_s:
+                    raise
+                reason = f"the server does not answer: {problem}"
+            else:
+                if waits_for is not None:
+                    note("goes on")
+                return
+            if waits_for is None:
+                note(f"waits: {reason}")
+            waits_for = reason
+            time.sleep(RETRY_AFTER_S)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._guards.stop()
+
+
 def _send_file(file: Path, client: redis.Redis, settings: Settings, json: bool) -> dict[str, int]:
     if not file.is_file():
         fail(f"no such file: {file}", EXIT_USAGE)
     reader = PingReader(file, BATCH_PINGS)
     sent = 0
-    writer = LogWriter(link_opener(client, unsafe=True), settings)
+    writer = PatientWriter(client, settings)
     try:
         with Progress(
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=notes, transient=True
@@ -112,7 +160,7 @@ def _with_usable_partners(pings: RecordedPings, reader: PingReader) -> RecordedP
 
 
 def _send_world(world: World, client: redis.Redis, rate: int, seconds: float | None, json: bool) -> None:
-    writer = LogWriter(link_opener(client, unsafe=True), add_partner(client, world.partner_names))
+    writer = PatientWriter(client, add_partner(client, world.partner_names))
     sent = 0
     try:
         with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=notes, transient=True) as progress:
