@@ -83,7 +83,7 @@ def answers(client: redis.Redis) -> bool:
 
 @contextmanager
 def told(
-    folder: Path, pushes_min: int = 300, partition: bool = False
+    folder: Path, pushes_min: int = 100, partition: bool = False
 ) -> Iterator[tuple[Story, faults.Partition | None]]:
     """Ping, publish, whatever the test does, publish and close once more, and check."""
     with ExitStack() as exits:
@@ -205,7 +205,7 @@ def test_a_server_whose_disk_takes_no_more_is_started_again(tmp_path: Path) -> N
 def test_a_full_disk_is_waited_for_until_there_is_room(tmp_path: Path) -> None:
     with ExitStack() as exits:
         try:
-            exits.enter_context(faults.small_disk(tmp_path / "valkey", 32 << 20))
+            exits.enter_context(faults.small_disk(tmp_path / "valkey", 128 << 20))
         except faults.NotPermitted as problem:
             pytest.skip(str(problem))
         story, _ = exits.enter_context(told(tmp_path))

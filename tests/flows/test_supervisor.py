@@ -257,26 +257,34 @@ def running(server: EmbeddedServer) -> Supervisor:
 
 
 @pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """A server's directory that several processes use; whatever happens, no server is left behind."""
+    yield tmp_path
+    if alive(tmp_path) is not None:
+        start(tmp_path).close()
+
+
+@pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SLOW_POLL_S", 0.05)
     monkeypatch.setattr(module, "POLL_S", 0.02)
 
 
 @pytest.mark.usefixtures("quick")
-def test_only_the_owner_starts_the_server_again(tmp_path: Path) -> None:
-    with other_process(tmp_path) as other:
+def test_only_the_owner_starts_the_server_again(shared: Path) -> None:
+    with other_process(shared) as other:
         assert line_of(other).startswith("True ")
-        joined = start(tmp_path)
+        joined = start(shared)
         supervisor = running(joined)
         killed = joined.pid
         os.kill(killed, signal.SIGKILL)
-        eventually(lambda: alive(tmp_path) not in (None, killed), timeout_s=PATIENCE_S)
+        eventually(lambda: alive(shared) not in (None, killed), timeout_s=PATIENCE_S)
         assert not joined.owned
         supervisor.stop()
         joined.close()
-        assert alive(tmp_path) is not None
+        assert alive(shared) is not None
         other.communicate("\n")
-    assert alive(tmp_path) is None
+    assert alive(shared) is None
 
 
 def alive(directory: Path) -> int | None:
@@ -286,10 +294,10 @@ def alive(directory: Path) -> int | None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("how", ["killed", "stopped cleanly"])
-def test_when_the_owner_is_gone_another_process_becomes_it(how: str, tmp_path: Path) -> None:
-    with other_process(tmp_path) as other:
+def test_when_the_owner_is_gone_another_process_becomes_it(how: str, shared: Path) -> None:
+    with other_process(shared) as other:
         assert line_of(other).startswith("True ")
-        joined = start(tmp_path)
+        joined = start(shared)
         pid = joined.pid
         supervisor = running(joined)
         time.sleep(0.2)
@@ -299,12 +307,12 @@ def test_when_the_owner_is_gone_another_process_becomes_it(how: str, tmp_path: P
         else:
             other.communicate("\n")
         eventually(lambda: joined.owned, timeout_s=PATIENCE_S)
-        assert alive(tmp_path) == pid, "the server runs on, for whoever still uses it"
+        assert alive(shared) == pid, "the server runs on, for whoever still uses it"
         os.kill(pid, signal.SIGKILL)
-        eventually(lambda: alive(tmp_path) not in (None, pid), timeout_s=PATIENCE_S)
+        eventually(lambda: alive(shared) not in (None, pid), timeout_s=PATIENCE_S)
         supervisor.stop()
         joined.close()
-    assert alive(tmp_path) is None
+    assert alive(shared) is None
 
 
 @pytest.mark.usefixtures("quick")
