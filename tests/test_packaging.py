@@ -257,6 +257,8 @@ MAY_IMPORT = {
     "loadtest": ("flows.wire", "geoindex.columns", "geoindex.entries", "geoindex.numba_typing", "loadtest"),
     # Benchmarks measure the insides, one part at a time.
     "loadtest/bench": ("flows", "geoindex", "loadtest", "tuanyuan.kernel_cache"),
+    # Breaks the insides, and forks flows from a process that has every kernel loaded.
+    "loadtest/soak": ("flows", "geoindex", "loadtest", "tuanyuan.warmup"),
 }
 IMPURE = {
     "asyncio",

@@ -35,9 +35,22 @@ def warmup() -> None:
 
 def _add_commands() -> None:
     """Commands import the kernels, so they are added after the cache's place is known."""
-    from tuanyuan.commands import alert, audit, bench, dead_letters, demo, health, match, pull, retention, run, send
+    from tuanyuan.commands import (
+        alert,
+        audit,
+        bench,
+        dead_letters,
+        demo,
+        health,
+        match,
+        pull,
+        retention,
+        run,
+        send,
+        soak,
+    )
 
-    for module in (match, run, send, pull, audit, demo, health, retention, bench):
+    for module in (match, run, send, pull, audit, demo, health, retention, bench, soak):
         name = module.__name__.rpartition(".")[2]
         app.command(name, epilog=module.EPILOG)(getattr(module, name))
     app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)
