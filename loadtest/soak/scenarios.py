@@ -22,7 +22,7 @@ import psutil
 
 from flows.log import LogWriter, append_entry, log_key, push_key, settings_key
 from flows.metrics import read_stats
-from flows.queues import Consumer
+from flows.queues import Consumer, Delivery
 from flows.server import link_opener
 from flows.wire import decode_push, encode_entry, split_by_shard
 from geoindex.columns import PingBatch
@@ -314,7 +314,7 @@ def consumer_dies(stage: Stage, size: Size) -> None:
     for number in stage.rounds(size.times):
         for partner in PARTNERS:
             dying = Consumer(stage.client, partner, stage.settings.shard_count, "soak", f"dying-{number}")
-            found = []
+            found: list[Delivery] = []
             while not found:
                 # A consumer without a past: others' are too fresh to be claimed, so these are new ones.
                 found = dying.read(10, 0.2)
