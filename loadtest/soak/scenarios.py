@@ -216,6 +216,7 @@ def lost_replies(stage: Stage, size: Size) -> None:
     stage.exits.callback(proxy.close)
     stage.live(url=proxy.url)
     flow = stage.flow(url=proxy.url)
+    stage.settle()
     proxy.losing = 0.05
     stage.spend(size.seconds)
     proxy.losing = 0.0
