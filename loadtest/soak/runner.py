@@ -18,6 +18,8 @@ from loadtest.soak.scenarios import Size
 from loadtest.soak.stage import Measured, Say, Stage
 from loadtest.soak.table import Line
 
+SAID_CHARS = 3000
+"""Of a flow's log that is shown with a failure."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -97,8 +99,12 @@ def _play(line: Line, size: Size, say: Say, seed: int, deadline_s: float, outcom
             folder = exits.enter_context(small_disk(folder / "disk", line.setting.disk_mb))
         stage = Stage(folder, exits, line.setting, seed, say, deadline_s)
         outcome.measured = stage.measured
-        line.play(stage, size)
-        stage.quiet()
+        try:
+            line.play(stage, size)
+            stage.quiet()
+        except RuntimeError as problem:
+            said = stage.flows[-1].said[-SAID_CHARS:] if stage.flows else ""
+            raise RuntimeError(f"{problem}; the last flow said:\n{said}") from problem
         outcome.account = stage.account()
         if not outcome.account.clean:
             outcome.problems.append("; ".join(outcome.account.examples) or "queues differ from a replay")

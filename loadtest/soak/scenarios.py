@@ -500,7 +500,7 @@ def close_races_match(stage: Stage, size: Size) -> None:
 
 def _expect(holds: bool, what: str, flow: ForkedFlow) -> None:
     if not holds:
-        raise RuntimeError(f"{what}; the flow said: {flow.said[-2000:]}")
+        raise RuntimeError(f"{what}; the flow said:\n{flow.said[-2000:]}")
 
 
 def _send(stage: Stage, batch: PingBatch) -> None:
