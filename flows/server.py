@@ -120,7 +120,9 @@ class Link:
 
         Raises ServerRefused (for its settings never if `unsafe`), redis.ConnectionError, redis.TimeoutError.
         """
-        self._connection: Any = cast(Any, client).connection_pool.make_connection()
+        pool = cast(Any, client).connection_pool
+        # Not by the pool: it makes 100 connections in its life, also where the server was away, and then no more.
+        self._connection: Any = pool.connection_class(**pool.connection_kwargs)
         self._connection.set_parser(LinkParser)
         self._connection.health_check_interval = 0  # a PING between a command and its reply would be ours to read
         if answer_timeout_s is not None:

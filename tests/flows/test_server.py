@@ -137,6 +137,12 @@ def test_broken_link_stays_broken(client: redis.Redis, link: Link) -> None:
             link.receive()
 
 
+def test_there_is_no_last_link_however_often_the_server_goes_away(client: redis.Redis) -> None:
+    for _ in range(150):
+        Link(client).close()
+    assert Link(client).ask("PING") == b"PONG"
+
+
 def test_link_closed_by_another_thread_ends_the_wait(link: Link) -> None:
     timer = threading.Timer(0.05, link.close)
     timer.start()
