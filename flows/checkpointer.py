@@ -445,7 +445,7 @@ class Checkpointer:
 
     def _take(self, shard: int, size_bytes: int) -> _Order | None:
         """Have the worker copy the shard's machine; None if no entry came by for it."""
-        order = _Order(shard, _room(round(size_bytes * ROOM_SPARE) + (1 << 20)))
+        order = _Order(shard, room(round(size_bytes * ROOM_SPARE) + (1 << 20)))
         deadline_s = time.monotonic() + TAKE_TIMEOUT_S
         with self._changed:
             self._order = order
@@ -543,8 +543,8 @@ class Checkpointer:
         return cut if present else None
 
 
-def _room(size_bytes: int) -> U8:
+def room(size_bytes: int) -> U8:
     """Memory that is backed already: the first write to a page costs more than ten later ones."""
-    room = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
-    room[:: mmap.PAGESIZE] = 0
-    return room
+    prepared = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
+    prepared[:: mmap.PAGESIZE] = 0
+    return prepared

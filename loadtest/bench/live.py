@@ -84,7 +84,12 @@ class LiveSystem:
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the flow processes, each with an equal part of the shards, and wait until all publish numbers."""
+        """Start the flow processes and wait until all publish numbers."""
+        self.launch()
+        self.wait_until(lambda: self.stats().process_count >= self._process_count, START_TIMEOUT_S, "flow is up")
+
+    def launch(self) -> None:
+        """Start the flow processes, each with an equal part of the shards, and wait for nothing."""
         count = self.settings.shard_count
         for index in range(self._process_count):
             first, last = index * count // self._process_count, (index + 1) * count // self._process_count - 1
@@ -99,7 +104,23 @@ class LiveSystem:
                         env=self._environment,
                     )
                 )
-        self.wait_until(lambda: self.stats().process_count >= self._process_count, START_TIMEOUT_S, "flow is up")
+
+    def end_flows(self) -> None:
+        """End the flow processes cleanly: everything in them goes out, and a checkpoint of every shard is written.
+
+        Their numbers are forgotten.
+        """
+        for flow in self._flows:
+            flow.terminate()
+        for flow in self._flows:
+            if flow.wait(DONE_TIMEOUT_S):
+                self.check()
+        self._flows.clear()
+        self.client.delete(STATS_KEY)
+
+    def said(self) -> str:
+        """What the flow processes have written, all since the last launch."""
+        return "".join(path.read_text(errors="replace") for path in sorted(self._folder.glob("run-*.log")))
 
     def stop(self) -> None:
         """End the flow processes and close what is open. Killed: a clean end would write checkpoints for nobody."""

@@ -33,6 +33,8 @@ KEYS = {
     "growth": {"seconds", "scan_seconds", "cost_ratio", "sizes_devices"},
     "latency": {"p50_ms", "p99_ms", "pings_per_s"},
     "memory": {"bytes_per_device"},
+    "checkpoint": {"write_seconds", "load_seconds", "stop_ms_max", "bytes_per_device"},
+    "recovery": {"seconds", "first_done_seconds", "load_seconds", "missed_pings"},
     "coldstart": {"seconds"},
     "idle": {"cpu_share", "seconds"},
     "audit": {"pings_per_s", "ns_per_ping", "pushes"},

@@ -46,6 +46,8 @@ class Benchmark(StrEnum):
     GROWTH = "growth"
     LATENCY = "latency"
     MEMORY = "memory"
+    CHECKPOINT = "checkpoint"
+    RECOVERY = "recovery"
     COLDSTART = "coldstart"
     IDLE = "idle"
     AUDIT = "audit"
@@ -82,10 +84,13 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     devices: Annotated[int | None, typer.Option(min=1000, help="Phones in the world.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="How long: kernel, sustained, latency, idle.", show_default=False)
+        float | None,
+        typer.Option(
+            min=0.1, help="How long: kernel, sustained, latency, idle; recovery: how much log.", show_default=False
+        ),
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Small and short: does it work at all?")] = False,
-    rate: Annotated[float | None, typer.Option(min=1, help="Pings a second: sustained, latency.")] = None,
+    rate: Annotated[float | None, typer.Option(min=1, help="Pings a second: sustained, latency, recovery.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="The median of so many counts.")] = None,
     processes: Annotated[int, typer.Option(min=1, max=8, help="Flow processes, where there is a flow.")] = 1,
     out: Annotated[Path | None, typer.Option(help="all: folder for JSON and PNG. Default: out/bench.")] = None,
@@ -171,6 +176,20 @@ def _memory(wanted: Wanted) -> Report:
     return memory.measure(wanted.size(100 * MILLION, 50_000), note)
 
 
+def _checkpoint(wanted: Wanted) -> Report:
+    from loadtest.bench import checkpoint
+
+    return checkpoint.measure(wanted.size(10 * MILLION, 20_000), wanted.times(3, 1), note)
+
+
+def _recovery(wanted: Wanted) -> Report:
+    from loadtest.bench import recovery
+
+    rate = wanted.rate or wanted.chosen(1e6, 100_000)
+    seconds = wanted.seconds or wanted.chosen(60.0, 1.0)
+    return recovery.measure(wanted.size(10 * MILLION, 20_000), round(rate * seconds), wanted.processes, note)
+
+
 def _coldstart(wanted: Wanted) -> Report:
     from loadtest.bench import coldstart
 
@@ -205,6 +224,8 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.GROWTH: _growth,
     Benchmark.LATENCY: _latency,
     Benchmark.MEMORY: _memory,
+    Benchmark.CHECKPOINT: _checkpoint,
+    Benchmark.RECOVERY: _recovery,
     Benchmark.COLDSTART: _coldstart,
     Benchmark.IDLE: _idle,
     Benchmark.AUDIT: _audit,
