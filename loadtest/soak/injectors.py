@@ -59,14 +59,16 @@ def flip_a_byte(path: Path, chance: random.Random) -> int:
 
 
 class Proxy:
-    """Stands between clients and a server's unix socket; hands everything on, unless it is told to lose replies."""
+    """Stands between clients and a server's unix socket; hands everything on, unless it is told to lose some of it."""
 
     def __init__(self, target: str, listen_on: str, seed: int = 1) -> None:
         """`target`: path of the server's socket; `listen_on`: path of a unix socket, or an IPv4 address."""
-        self.lost = 0
-        """Replies that came from the server and were thrown away, with their connection."""
+        self.replies_lost = 0
+        """What came from the server and was thrown away, with its connection."""
+        self.requests_torn = 0
+        """What was on its way to the server and came to half of it, before its connection ended."""
         self.losing = 0.0
-        """Share of the replies that are lost."""
+        """Share of either that is lost."""
         self._target = target
         self._chance = random.Random(seed)
         self._closing = False
@@ -112,8 +114,12 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket, replies: bool) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(CHUNK_BYTES):
-                if replies and self._chance.random() < self.losing:
-                    self.lost += 1
+                if self._chance.random() < self.losing:
+                    if replies:
+                        self.replies_lost += 1
+                    else:
+                        self.requests_torn += 1
+                        sink.sendall(chunk[: len(chunk) // 2])
                     break
                 sink.sendall(chunk)
         self._open -= {source, sink}
