@@ -1,12 +1,12 @@
 """Flows that die, start again and start elsewhere, checkpoints that break: nobody missed, nobody told twice.
 
-Each story ends with the two accounts of `tests.flows.deployment`.
+Each story ends with the two accounts of `tests.flows.deployment`. The lines of the fault table are played elsewhere
+(`loadtest.soak`, `tests/loadtest/test_soak.py`): here is what they do not look at.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -32,9 +32,8 @@ from tests.flows.deployment import (
     ping,
     told_in,
 )
-from tests.flows.forked_flow import CRASHES, ForkedFlow
+from tests.flows.forked_flow import ForkedFlow
 from tests.flows.waiting import eventually
-from tuanyuan.console import EXIT_REFUSED
 
 ROOT = Path(__file__).resolve().parents[2]
 OFTEN: dict[str, Any] = {"checkpoint_interval_s": 0.2}
@@ -42,22 +41,6 @@ KEEPING: dict[str, Any] = OFTEN | {"trim_logs": False}
 AT_THE_END: dict[str, Any] = {"checkpoint_interval_s": 600.0, "trim_logs": False}
 
 # ---- flows that die
-
-
-@pytest.mark.parametrize("crash", CRASHES)
-def test_a_flow_that_is_killed(crash: str, tmp_path: Path) -> None:
-    with deployed(tmp_path) as deployment:
-        sender = deployment.sender()
-        deployment.publish("before", 0.3)
-        dying = deployment.flow(crash, **KEEPING)
-        assert dying.wait() == -9, dying.said
-        flow = deployment.flow(**KEEPING)
-        deployment.alert_during("after", lambda: time.sleep(0.3))
-        deployment.close("before")
-        sender.end()
-        deployment.settle()
-        assert flow.stop() == 0, flow.said
-        deployment.check(pushes_min=500)
 
 
 def test_flows_that_are_killed_while_logs_are_trimmed_behind_them(tmp_path: Path) -> None:
@@ -130,33 +113,6 @@ def test_a_ring_that_grew_while_no_flow_ran_tells_whom_it_reached_then(tmp_path:
         push = decode_push(fields[b"alert"])
         assert (push.device_ids, push.ring_km, push.at_ms) == (("phone",), 2.0, grows_ms)
         deployment.check(pushes_min=1)
-
-
-@pytest.mark.parametrize(
-    "splits",
-    [
-        [["0-3"], ["0-1", "2-3"], ["0", "1", "2", "3"], ["0-3"]],
-        [["0-3", "0-3"], ["0-2", "1-3"]],
-    ],
-    ids=["1, 2, 4, 1 processes", "two for the same shards, by mistake"],
-)
-def test_other_processes_than_before_go_on_from_the_same_checkpoints(splits: list[list[str]], tmp_path: Path) -> None:
-    with deployed(tmp_path) as deployment:
-        sender = deployment.sender()
-        deployment.publish("all along", 0.3)
-        for number, split in enumerate(splits):
-            flows = [deployment.flow(shards=shards, **KEEPING) for shards in split]
-            deployment.alert_during(str(number), deployment.wait_for_checkpoints)
-            if number == len(splits) - 1:
-                deployment.close("all along")
-                sender.end()
-                deployment.settle()
-            for flow in flows:
-                if number % 2:
-                    flow.kill()
-                else:
-                    assert flow.stop() == 0, flow.said
-        deployment.check(pushes_min=500)
 
 
 @contextmanager
@@ -264,20 +220,6 @@ def test_without_a_usable_checkpoint_a_whole_log_is_read_from_its_beginning(stop
     flow = go_on(stopped)
     assert flow.said.count("a checkpoint cannot be used") == 2
     stopped.check()
-
-
-def test_a_deleted_folder_and_a_trimmed_log_are_refused_by_name(stopped: Deployment) -> None:
-    trimming, sender = stopped.flow(**OFTEN), stopped.sender()
-    eventually(lambda: all(stopped.trimmed(shard) > (0, 0) for shard in SHARDS), timeout_s=PATIENCE_S)
-    sender.end()
-    trimming.stop()
-    shutil.rmtree(stopped.var / "checkpoints")
-    queues = stopped.queues()
-    flow = stopped.flow(**OFTEN)
-    assert flow.wait() == EXIT_REFUSED, flow.said
-    assert "refused: shard 0 cannot be started: there is no checkpoint" in flow.said
-    assert f"its log was trimmed up to {format_id(stopped.trimmed(0))}" in flow.said
-    assert stopped.queues() == queues
 
 
 def test_a_log_that_lost_its_tail_is_read_on_from_the_checkpoint_before(tmp_path: Path) -> None:
