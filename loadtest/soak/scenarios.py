@@ -43,6 +43,8 @@ from loadtest.soak.stage import Stage
 
 TOLD_PHONES = 3000
 TWO_HOURS_S = 7200.0
+BEHIND_ENTRIES = 50
+"""As many as may be on their way to a partner that reads."""
 READ_AHEAD_MB = 8
 """Of the flow whose memory is watched."""
 MEMORY_SPARE_MB = 96
@@ -285,26 +287,38 @@ def full_disk(stage: Stage, size: Size) -> None:
 
 
 def partner_offline(stage: Stage, size: Size) -> None:
-    """One partner reads nothing; what the other waits for is compared with before."""
+    """One partner reads nothing, and then everything at once, in turns; what the other waits for is compared."""
     stage.live()
     stage.flow()
     stage.settle()
     away = next(partner for partner in stage.partners if partner.partner == "baidu")
-    started_s = time.time()
-    stage.spend(size.seconds)
-    away.reading.clear()
-    went_s = time.time()
-    stage.spend(size.seconds)
-    back_s = time.time()
-    read = len(away.delivered)
-    away.reading.set()
-    entries = [entry for entry in stage.delivered("amap") if entry.at_s > started_s]
-    before = [entry.latency_ms for entry in entries if entry.at_s < went_s]
-    meanwhile = [entry.latency_ms for entry in entries if went_s <= entry.at_s < back_s]
-    for name, latencies in (("before", before), ("meanwhile", meanwhile)):
-        stage.measured[f"other_partner_p99_ms_{name}"] = round(float(np.percentile(latencies, 99)), 1)
-    queued = sum(stage.client.xlen(push_key(shard, "baidu")) for shard in stage.shards)
-    stage.measured["entries_waiting"] = queued - read
+    keys = [push_key(shard, "baidu") for shard in stage.shards]
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    waiting = 0
+
+    def behind() -> int:
+        return sum(stage.client.xlen(key) for key in keys) - len(away.delivered)
+
+    for _ in stage.rounds(size.times):
+        for reads in (True, False):
+            started_s = time.time()
+            stage.spend(size.seconds)
+            spans[reads].append((started_s, time.time()))
+            if reads:
+                away.reading.clear()
+        waiting = max(waiting, behind())
+        away.reading.set()
+        wait_until(lambda: behind() < BEHIND_ENTRIES, "the partner to have made up for it")
+    for reads, name in ((True, "reads"), (False, "is_away")):
+        latencies = [
+            entry.latency_ms
+            for entry in stage.delivered("amap")
+            if any(start_s <= entry.at_s < stop_s for start_s, stop_s in spans[reads])
+        ]
+        for quantile in (50, 99):
+            found = round(float(np.percentile(latencies, quantile)), 1)
+            stage.measured[f"other_partner_p{quantile}_ms_while_it_{name}"] = found
+    stage.measured["entries_waiting_max"] = waiting
 
 
 def consumer_dies(stage: Stage, size: Size) -> None:
