@@ -295,6 +295,7 @@ def partner_offline(stage: Stage, size: Size) -> None:
     keys = [push_key(shard, "baidu") for shard in stage.shards]
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     waiting = 0
+    stage.spend(size.seconds / 2)
 
     def behind() -> int:
         return sum(stage.client.xlen(key) for key in keys) - len(away.delivered)
