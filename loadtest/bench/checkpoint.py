@@ -25,7 +25,6 @@ from loadtest.bench.brute_force import BruteForce, count_bits
 from loadtest.bench.live import SHARD_COUNT
 from loadtest.bench.report import Report, Say
 from loadtest.bench.traffic import ALERT_COUNT, OFFLINE_MS, SentPings, Traffic, active_alerts, as_decoded
-from loadtest.bench.warm import id_count
 
 BATCH_PINGS = 125_000
 """Over all shards."""
@@ -61,7 +60,7 @@ class Shards:
         self.expected_count += len(self.expected.apply(sent)[0])
         for machine, part in zip(self.machines, self.split(sent.pings), strict=True):
             if part is not None:
-                self.pushed_count += id_count(machine.apply(sent.at_ms, part))
+                self.pushed_count += machine.apply(sent.at_ms, part).device_count
 
     def split(self, pings: PingBatch) -> list[PingBatch | None]:
         """By shard, each part as it comes off the wire."""
@@ -69,7 +68,7 @@ class Shards:
 
     def _apply_all(self, at_ms: int, entry: LogEntry) -> None:
         for machine in self.machines:
-            self.pushed_count += id_count(machine.apply(at_ms, entry))
+            self.pushed_count += machine.apply(at_ms, entry).device_count
 
 
 def measure(devices: int, repeats: int, say: Say, alert_count: int = ALERT_COUNT) -> Report:

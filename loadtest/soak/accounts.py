@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from flows.audit import OwedPush, OwedPushes, compare
 from flows.log import RawEntry, format_id, parse_id, push_key
 from flows.match import Entry, decode, step
-from flows.queues import push_id
+from flows.push_commands import push_id
 from flows.wire import MalformedEntry, PingColumns, decode_entry, decode_push, encode_push, screen_pings
 from geoindex.entries import AlertClose, AlertRevision, Settings
 from geoindex.shard import ShardMachine

@@ -82,7 +82,7 @@ def _in_a_closing(shards_sent: int) -> None:
     def wrapped(self: Link, parts: Any) -> None:
         nonlocal seen
         parts = list(parts)
-        if any(b"\r\nresolved\r\n" in part for part in parts if len(part) < _XADD_BYTES_MAX):
+        if any(b"\r\nresolved\r\n" in bytes(part) for part in parts if len(part) < _XADD_BYTES_MAX):
             seen += 1
             if seen > shards_sent:
                 raw = b"".join(parts)

@@ -103,8 +103,8 @@ def _play(line: Line, size: Size, say: Say, seed: int, deadline_s: float, outcom
             line.play(stage, size)
             stage.quiet()
         except RuntimeError as problem:
-            said = stage.flows[-1].said[-SAID_CHARS:] if stage.flows else ""
-            raise RuntimeError(f"{problem}; the last flow said:\n{said}") from problem
+            said = f"; the last flow said:\n{stage.flows[-1].said[-SAID_CHARS:]}" if stage.flows else ""
+            raise RuntimeError(f"{problem}{said}") from problem
         outcome.account = stage.account()
         if not outcome.account.clean:
             outcome.problems.append("; ".join(outcome.account.examples) or "queues differ from a replay")

@@ -62,7 +62,7 @@ def test_a_line_shown_by_tests_runs_them(monkeypatch: pytest.MonkeyPatch) -> Non
         ran.append(command)
         return type("Done", (), {"returncode": int(len(ran) > 1), "stdout": "1 passed", "stderr": ""})
 
-    monkeypatch.setattr(runner.subprocess, "run", run_nothing)
+    monkeypatch.setattr("loadtest.soak.runner.subprocess.run", run_nothing)
     line = BY_NAME["malformed"]
     assert run(line, line.small, lambda _: None).passed
     assert set(line.tests) < set(ran[0])
