@@ -16,7 +16,7 @@ from flows.log import LogId, done_key, ensure_settings, last_id, log_key, parse_
 from flows.server import EmbeddedServer, connect
 from geoindex.entries import Settings
 from loadtest.soak.accounts import StreamEntries
-from loadtest.soak.flow import ForkedFlow, Trouble
+from loadtest.soak.flow import ForkedFlow, Trouble, start_fork_server
 from loadtest.soak.injectors import kill_server
 from loadtest.soak.life import PARTNERS
 
@@ -45,6 +45,7 @@ class Deployment:
         self.var = folder / "var"
         self.exits = exits
         self.flows: list[ForkedFlow] = []
+        start_fork_server()
         self.server = self._start_server()
         exits.callback(lambda: self.server.close())
         self.client = connect(self.server.url)

@@ -41,6 +41,17 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["loadtest.soak.warm", __name__])
 
 
+def start_fork_server() -> None:
+    """Have every kernel in memory before anything goes on; at once if it is so already."""
+    process = _CONTEXT.Process(target=_nothing, daemon=True)
+    process.start()
+    process.join()
+
+
+def _nothing() -> None:
+    pass
+
+
 def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

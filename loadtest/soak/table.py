@@ -108,9 +108,9 @@ LINES: tuple[Line, ...] = (
             _example("missed growth runs in time order with the clock at each hour"),
         ),
     ),
-    Line("ping-races-alert", "ping races alert in both orders", scenarios.ping_races_alert, Size(6), Size(200)),
+    Line("ping-races-alert", "ping races alert in both orders", scenarios.ping_races_alert, Size(6), Size(100)),
     Line("overlapping-alerts", "two overlapping alerts", tests=(_example("two alerts tell a device twice"),)),
-    Line("close-races-match", "close races match", scenarios.close_races_match, Size(6), Size(200)),
+    Line("close-races-match", "close races match", scenarios.close_races_match, Size(6), Size(100)),
     Line(
         "kill-in-closing",
         "kill in the middle of a closing fan-out",
