@@ -18,9 +18,9 @@ import redis
 
 from flows.alert_json import AlertRefused
 from flows.audit import OwedPush
+from flows.consumers import Consumer
 from flows.desk import Desk, DeskAnswer
 from flows.log import LogId, LogWriter, format_id, log_key, parse_id, trimmed_key
-from flows.queues import Consumer
 from flows.server import ServerRefused, connect, link_opener
 from geoindex.columns import I64, PingBatch, pack_ids
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Settings

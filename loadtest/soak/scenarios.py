@@ -20,9 +20,9 @@ from typing import Any, cast
 import numpy as np
 import psutil
 
+from flows.consumers import Consumer, Delivery
 from flows.log import LogWriter, append_entry, log_key, push_key, settings_key
 from flows.metrics import read_stats
-from flows.queues import Consumer, Delivery
 from flows.server import link_opener
 from flows.wire import decode_push, encode_entry, split_by_shard
 from geoindex.columns import PingBatch

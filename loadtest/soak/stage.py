@@ -65,7 +65,11 @@ class Stage(Deployment):
 
     def flow(self, trouble: Trouble | None = None, url: str | None = None, **options: Any) -> ForkedFlow:
         """One more flow process, with checkpoints taken often."""
-        own = {"checkpoint_interval_s": self.setting.checkpoint_interval_s, "trim_logs": self.setting.trims}
+        own = {
+            "checkpoint_interval_s": self.setting.checkpoint_interval_s,
+            "trim_logs": self.setting.trims,
+            "keep_pushes": True,
+        }
         return super().flow(trouble, url, **(own | options))
 
     def live(

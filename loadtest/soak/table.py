@@ -116,7 +116,7 @@ LINES: tuple[Line, ...] = (
         "kill in the middle of a closing fan-out",
         scenarios.kill_in_closing,
         Size(4),
-        Size(40),
+        Size(20),
     ),
     Line(
         "found-after-expiry",
