@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,13 +117,6 @@ class Deployment:
     def queues(self) -> dict[str, StreamEntries]:
         keys = [push_key(shard, partner) for shard in self.shards for partner in self.settings.partners]
         return {key: cast(StreamEntries, self.client.xrange(key)) for key in keys}
-
-
-@contextmanager
-def deployed(folder: Path) -> Iterator[Deployment]:
-    """A deployment in a folder of its own, gone afterwards."""
-    with ExitStack() as exits:
-        yield Deployment(folder, exits)
 
 
 def server_number(client: redis.Redis, section: str, name: str) -> int:

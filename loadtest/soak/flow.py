@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any, cast
@@ -133,6 +133,8 @@ class Trouble:
     """Path of the network namespace it lives in."""
     clock_ahead_s: Any = None
     """Shared number, `shared_clock()`: how far its clock is ahead of the machine's, at any moment."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Other values for some, as {"flows.server.NAME": value}."""
 
 
 def shared_clock() -> Any:
@@ -149,6 +151,11 @@ def _apply(trouble: Trouble) -> None:
     if trouble.clock_ahead_s is not None:
         true_time, ahead_s = time.time, trouble.clock_ahead_s
         setattr(time, "time", lambda: true_time() + ahead_s.value)  # noqa: B010
+    for name, value in trouble.constants.items():
+        module, _, constant = name.rpartition(".")
+        if not hasattr(sys.modules[module], constant):
+            raise ValueError(f"there is no constant {name}")
+        setattr(sys.modules[module], constant, value)
     if trouble.crash is not None:
         CRASHES[trouble.crash]()
 

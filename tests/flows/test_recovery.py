@@ -1,6 +1,6 @@
 """Flows that die, start again and start elsewhere, checkpoints that break: nobody missed, nobody told twice.
 
-Each story ends with the two accounts of `tests.flows.deployment`. The lines of the fault table are played elsewhere
+Each story ends with the accounts of `loadtest.soak.accounts`. The lines of the fault table are played elsewhere
 (`loadtest.soak`, `tests/loadtest/test_soak.py`): here is what they do not look at.
 """
 
@@ -21,6 +21,7 @@ import pytest
 from flows.log import format_id, last_id, log_key, parse_id
 from flows.server import EmbeddedServer
 from flows.wire import decode_push
+from loadtest.soak.flow import ForkedFlow
 from tests.flows.deployment import (
     PATIENCE_S,
     SHARD_COUNT,
@@ -32,7 +33,6 @@ from tests.flows.deployment import (
     ping,
     told_in,
 )
-from tests.flows.forked_flow import ForkedFlow
 from tests.flows.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]

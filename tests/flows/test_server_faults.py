@@ -22,8 +22,8 @@ from flows.log import push_key
 from flows.metrics import Metrics, read_stats
 from flows.supervisor import Supervisor
 from loadtest import faults
+from loadtest.soak.flow import ForkedFlow
 from tests.flows.deployment import PARTNERS, PATIENCE_S, SHARDS, Deployment, deployed
-from tests.flows.forked_flow import ForkedFlow
 from tests.flows.waiting import eventually, memory_limit
 
 ALARM_S = 10.0
