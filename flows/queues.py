@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from typing import Any, cast
 
 import redis
 
+from flows.clock import CLOCK, Clock
 from flows.log import LogId, RawEntry, done_key, format_id, parse_id, push_key
 from flows.metrics import METRICS, Metrics
 from flows.server import Link, LinkOpener, ServerRefused, packed, worth_a_line
@@ -123,7 +123,9 @@ class PushWriter:
         open_link: LinkOpener,
         on_done: Callable[[int, LogId], None] = lambda shard, log_id: None,
         metrics: Metrics = METRICS,
+        clock: Clock = CLOCK,
     ) -> None:
+        self._clock = clock
         self._open_link = open_link
         self._on_done = on_done
         self._metrics = metrics
@@ -170,16 +172,16 @@ class PushWriter:
 
     def drain(self, timeout_s: float) -> bool:
         """Write `done` without delay and wait until everything is confirmed; whether it was within the timeout."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._clock.monotonic_s() + timeout_s
         with self._changed:
             self._draining = True
             self._changed.notify_all()
             try:
                 while any(lane.waiting or lane.block for lane in self._lanes.values()):
-                    left_s = deadline_s - time.monotonic()
+                    left_s = deadline_s - self._clock.monotonic_s()
                     if left_s <= 0 or self._failure is not None or self._stopping:
                         return False
-                    self._changed.wait(left_s)
+                    self._clock.wait(self._changed, left_s)
                 return True
             finally:
                 self._draining = False
@@ -217,7 +219,7 @@ class PushWriter:
 
     def _pause_s(self) -> float:
         """How long until a shard has something to send; infinity if nothing waits."""
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         pause_s = float("inf")
         for lane in self._lanes.values():
             if lane.block is not None:
@@ -244,7 +246,7 @@ class PushWriter:
             self._break_link(error)
 
     def _due_blocks(self) -> list[tuple[int, _Block]]:
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         due: list[tuple[int, _Block]] = []
         with self._changed:
             lanes = list(self._lanes.items())
@@ -286,7 +288,7 @@ class PushWriter:
 
     def _settle(self, link: Link, shard: int, block: _Block, problem: str | None, is_new: list[bool]) -> None:
         lane = self._lanes[shard]
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         if problem is not None:
             lane.failures += 1
             lane.retry_at_s = now_s + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(lane.failures, 10))
@@ -370,7 +372,8 @@ class PushWriter:
         if self._stopping:
             return
         self._link_failures += 1
-        self._link_retry_at_s = time.monotonic() + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(self._link_failures, 10))
+        pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(self._link_failures, 10))
+        self._link_retry_at_s = self._clock.monotonic_s() + pause_s
         self._metrics.count("push_link_errors_total")
         if worth_a_line(self._link_failures):
             logger.warning("pushes wait for the server (try %d): %s", self._link_failures, error)
@@ -385,12 +388,14 @@ class DoneFollower:
         shards: Iterable[int],
         on_done: Callable[[int, LogId], None],
         interval_s: float = DONE_INTERVAL_S,
+        clock: Clock = CLOCK,
     ) -> None:
         """`on_done(shard, log_id)` is called from the thread, whenever `done` has moved."""
         self._open_link = open_link
         self._shards = list(shards)
         self._on_done = on_done
         self._interval_s = interval_s
+        self._clock = clock
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="done-follower", daemon=True)
 
@@ -406,11 +411,11 @@ class DoneFollower:
 
     def wait(self, holds: Callable[[], bool], timeout_s: float) -> bool:
         """Until what `on_done` has been told makes `holds()` true; whether it did within the timeout."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._clock.monotonic_s() + timeout_s
         while not holds():
-            if time.monotonic() > deadline_s:
+            if self._clock.monotonic_s() > deadline_s:
                 return False
-            time.sleep(self._interval_s)
+            self._clock.sleep(self._interval_s)
         return True
 
     def _run(self) -> None:
@@ -519,6 +524,7 @@ class Consumer:
         group: str = "default",
         consumer: str = "consumer",
         claim_after_s: float = CLAIM_AFTER_S,
+        clock: Clock = CLOCK,
     ) -> None:
         """`group`: who shares the work; each group gets every push. `consumer`: a name unique in the group.
 
@@ -528,6 +534,7 @@ class Consumer:
             if not _NAME.fullmatch(value):
                 raise ValueError(f"{name} must have 1 to 128 characters and no spaces, got {value[:140]!r}")
         self._client = client
+        self._clock = clock
         self._streams = [push_key(shard, partner) for shard in range(shard_count)]
         self._group, self._consumer = group, consumer
         self._claim_after_s = claim_after_s
@@ -605,7 +612,7 @@ class Consumer:
 
     def _claimed(self, entries_max: int) -> list[Delivery]:
         """What other consumers were given and did not acknowledge in time; asked for ten times in that time."""
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         if now_s < self._claim_at_s:
             return []
         self._claim_at_s = now_s + self._claim_after_s / 10

