@@ -113,7 +113,9 @@ class Link:
     def __init__(self, client: redis.Redis, unsafe: bool = False, clock: Clock = CLOCK) -> None:
         """Raises ServerRefused (never if `unsafe`), redis.ConnectionError, redis.TimeoutError."""
         self._clock = clock
-        self._connection: Any = cast(Any, client).connection_pool.make_connection()
+        # Not by the pool's `make_connection`, which counts: after a hundred links it would give none, for ever.
+        pool = cast(Any, client).connection_pool
+        self._connection: Any = pool.connection_class(**pool.connection_kwargs)
         self._connection.health_check_interval = 0  # a PING between a command and its reply would be ours to read
         try:
             self._connection.connect()
@@ -185,6 +187,15 @@ def _refuse_to_reconnect(**_: object) -> None:
 
 LinkOpener = Callable[[], Link]
 """Opens a fresh link; what reader and writer are given, so that a simulator can give them another one."""
+
+
+def raise_if_lost(error: redis.WatchError) -> None:
+    """Raise the lost connection behind a WatchError, if there is one: then nobody knows whether the MULTI was executed.
+
+    redis-py says WatchError both for a watched key that changed and for a connection that broke in the meantime.
+    """
+    if isinstance(error.__context__, redis.ConnectionError | redis.TimeoutError):
+        raise error.__context__ from None
 
 
 def link_opener(client: redis.Redis, unsafe: bool = False, clock: Clock = CLOCK) -> LinkOpener:

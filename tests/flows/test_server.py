@@ -137,6 +137,11 @@ def test_broken_link_stays_broken(client: redis.Redis, link: Link) -> None:
             link.receive()
 
 
+def test_links_can_be_opened_for_ever(client: redis.Redis) -> None:
+    for _ in range(150):  # redis-py's pool gives a hundred connections, and counts those that were closed
+        Link(client).close()
+
+
 def test_link_closed_by_another_thread_ends_the_wait(link: Link) -> None:
     timer = threading.Timer(0.05, link.close)
     timer.start()
