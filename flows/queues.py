@@ -9,7 +9,7 @@ so that writing the same pushes again, after a crash or by a second worker, is r
 no id that is not larger than the stream's last. This holds as long as the pushes of a shard go out in log order and
 none is skipped, hence:
 
-    submit ──> waiting entries of each shard ──> one MULTI {XADD ..., SET done:{s} <last log id>} ──> confirmed
+    submit ──> waiting entries of each shard ──> one MULTI {XADD ..., raise done:{s} to <last log id>} ──> confirmed
                                                    └── sent again, the same, until nothing but success or
                                                        "equal or smaller" comes back
 
@@ -48,6 +48,18 @@ BLOCK_BYTES_MAX = 2 << 20
 BLOCK_ENTRIES_MAX = 4096
 DONE_INTERVAL_S = 0.02
 """`done` moves at most this often when there is nothing to push: every SET is an fsync."""
+RAISE_DONE = b"""local known = redis.call('GET', KEYS[1])
+if known then
+  local known_ms, known_seq = string.match(known, '(%d+)-(%d+)')
+  local ms, seq = string.match(ARGV[1], '(%d+)-(%d+)')
+  known_ms, known_seq, ms, seq = tonumber(known_ms), tonumber(known_seq), tonumber(ms), tonumber(seq)
+  if known_ms > ms or (known_ms == ms and known_seq >= seq) then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[1])
+return 1"""
+"""`done` only ever rises. A worker that is behind (a second one for the shard by mistake, one that was paused) would
+set it back, and checkpoints that others have made final since would seem to be ahead of the queues: nobody could start
+from them, and the log is trimmed behind them. Lua's numbers are exact up to 2^53: in ms, until the year 287396."""
 BACKOFF_S = (0.02, 1.0)
 """Before a MULTI that failed is sent again: first, and at most."""
 
@@ -272,7 +284,7 @@ class PushWriter:
     def _replies(self, link: Link, block: _Block) -> tuple[str | None, list[bool]]:
         """Why the block was not taken, or None; and for each XADD whether the entry is new. Reads every reply."""
         problem: str | None = None
-        for _ in range(len(block.tallies) + 2):  # MULTI, the XADDs, SET: "OK" and "QUEUED"
+        for _ in range(len(block.tallies) + 2):  # MULTI, the XADDs, EVAL: "OK" and "QUEUED"
             reply = link.receive()
             if isinstance(reply, redis.ResponseError) and problem is None:
                 problem = str(reply)
@@ -482,7 +494,7 @@ def _block(shard: int, entries: Sequence[_Waiting]) -> _Block:
             )
             tallies.append((partner, push.kind, len(push.id_end), ms))
     last = entries[-1]
-    parts.append(packed("SET", done_key(shard), format_id(last.log_id)) + packed("EXEC"))
+    parts.append(packed("EVAL", RAISE_DONE, 1, done_key(shard), format_id(last.log_id)) + packed("EXEC"))
     return _Block(parts, last, len(entries), tallies)
 
 
