@@ -30,7 +30,17 @@ import redis
 
 from flows.clock import CLOCK, Clock
 from flows.metrics import METRICS, Metrics
-from flows.server import Link, LinkOpener, ServerRefused, check_server, connect, masked_url, packed, worth_a_line
+from flows.server import (
+    Link,
+    LinkOpener,
+    ServerRefused,
+    check_server,
+    connect,
+    masked_url,
+    packed,
+    raise_if_lost,
+    worth_a_line,
+)
 from flows.wire import (
     SETTINGS,
     MalformedEntry,
@@ -267,7 +277,8 @@ def _append_settings(client: redis.Redis, shard: int, expected: Settings | None,
             pipeline.xadd(log_key(shard), {kind: payload})
             pipeline.set(settings_key(shard), payload)
             pipeline.execute()
-        except redis.WatchError:
+        except redis.WatchError as error:
+            raise_if_lost(error)
             current = _settings_of(client, shard)
             assert current is not None, "whoever came first wrote settings"
             return current
@@ -580,7 +591,12 @@ class LogReader:
             }
             if not open_to_read:
                 self._clock.wait(self._changed, STOPPED_BLOCK_S)
-                return
+        if not open_to_read:
+            # Nothing else would tell that the server was restarted: the writer drops what was read of the run before,
+            # and no credit ever comes back for it.
+            link.ask("PING")
+            return
+        with self._changed:
             held_up = len(open_to_read) < len(self._shards)
             any_stopped = any(state.stopped is not None for state in self._shards.values())
             room_bytes = min(self._bytes_max - self._shards[shard].held_bytes for shard in open_to_read)
@@ -718,7 +734,7 @@ class LogReader:
         self._metrics.count("log_read_errors_total")
         if worth_a_line(self._failures_in_a_row):
             logger.warning("cannot read the logs (try %d): %s", self._failures_in_a_row, error)
-        return min(1.0, 0.02 * 2 ** min(self._failures_in_a_row, 8))
+        return min(1.0, 0.02 * (1 << min(self._failures_in_a_row, 8)))
 
 
 def _tick_command() -> bytes:
