@@ -8,6 +8,7 @@ BIN = $(VENV)/bin
 PYTHON ?=
 PYTEST_ARGS ?=
 UPGRADE ?=
+SEEDS ?= 1000
 
 # Only wheels whose hashes are locked: nothing is built from a source archive, nothing unlocked is downloaded.
 PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check install
@@ -18,12 +19,12 @@ YAML_RULES = '{extends: default, rules: {document-start: disable, line-length: {
 SHELL_SCRIPTS = scripts/find-python scripts/make-venv .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lock image-steps clean distclean ask-python
+.PHONY: help setup demo test simulate check format lock image-steps clean distclean ask-python
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  Variables: PYTHON=/path/to/python3.12 (setup), DEMO_SECONDS=20 (demo), PYTEST_ARGS="-k ring" (test), UPGRADE=1 (lock)'
+	@echo '  Variables: PYTHON=/path/to/python3.12 (setup), DEMO_SECONDS=20 (demo), PYTEST_ARGS="-k ring" (test), UPGRADE=1 (lock), SEEDS=200 (simulate)'
 
 setup: $(VENV)/.dev ## Create .venv with the locked requirements and Tuanyuan itself
 
@@ -33,6 +34,9 @@ demo: $(VENV)/.run ## Watch a missing child's alert reach the phones around, wit
 test: $(VENV)/.dev ## Run the tests
 	@$(BIN)/tuanyuan warmup
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+
+simulate: $(VENV)/.run ## Play SEEDS=1000 small worlds full of faults against the oracles
+	@$(BIN)/tuanyuan simulate --seeds $(SEEDS)
 
 check: $(VENV)/.dev ## Check format, lint, types, Dockerfile, compose.yaml and shell scripts
 	$(BIN)/ruff format --check

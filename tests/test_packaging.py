@@ -257,6 +257,8 @@ MAY_IMPORT = {
     "loadtest": ("flows.wire", "geoindex.columns", "geoindex.entries", "geoindex.numba_typing", "loadtest"),
     # Benchmarks measure the insides, one part at a time.
     "loadtest/bench": ("flows", "geoindex", "loadtest", "tuanyuan.kernel_cache"),
+    # The simulator plays with the insides.
+    "loadtest/simulation": ("flows", "geoindex", "loadtest"),
 }
 IMPURE = {
     "asyncio",

@@ -35,9 +35,9 @@ def warmup() -> None:
 
 def _add_commands() -> None:
     """Commands import the kernels, so they are added after the cache's place is known."""
-    from tuanyuan.commands import alert, bench, demo, health, match, pull, run, send
+    from tuanyuan.commands import alert, bench, demo, health, match, pull, run, send, simulate
 
-    for module in (match, run, send, pull, demo, health, bench):
+    for module in (match, run, send, pull, demo, health, bench, simulate):
         name = module.__name__.rpartition(".")[2]
         app.command(name, epilog=module.EPILOG)(getattr(module, name))
     app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)

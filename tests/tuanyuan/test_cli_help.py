@@ -80,6 +80,9 @@ WRONG: list[tuple[list[str], int, str | re.Pattern[str]]] = [
     (["alert", "publish", "--file", "header.csv"], 2, re.compile(r"--file header\.csv: ")),
     (["alert", "close", "a"], 2, "Missing option '--outcome'."),
     (["demo", "--phones", "5"], 2, re.compile("Invalid value for '--phones'")),
+    (["simulate", "--mutation", "none"], 2, re.compile("--mutation: there is no 'none'; known are trims-too-early, ")),
+    (["simulate", "--trace"], 2, "--trace is for one --seed"),
+    (["simulate", "--seeds", "0"], 2, re.compile("Invalid value for '--seeds'")),
     (["frobnicate"], 2, "No such command 'frobnicate'."),
     (["alert", "frobnicate"], 2, "No such command 'frobnicate'."),
 ]
@@ -156,7 +159,7 @@ def helps(folder: Path) -> dict[str, Ran]:
 
 
 def test_the_help_lists_every_command(helps: dict[str, Ran]) -> None:
-    expected = {"match", "run", "send", "pull", "demo", "warmup", "health", "alert"}
+    expected = {"match", "run", "send", "pull", "demo", "warmup", "health", "alert", "bench", "simulate"}
     assert {name for name in helps if name and " " not in name} >= expected
     assert {name for name in helps if " " in name} >= {
         f"alert {name}" for name in ("publish", "update", "close", "list", "show")
