@@ -9,6 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 UPGRADE ?=
 SOAK_ARGS ?=
+SEEDS ?= 1000
 
 # Only wheels whose hashes are locked: nothing is built from a source archive, nothing unlocked is downloaded.
 PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check install
@@ -19,13 +20,13 @@ YAML_RULES = '{extends: default, rules: {document-start: disable, line-length: {
 SHELL_SCRIPTS = scripts/find-python scripts/make-venv .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak check format lock image-steps clean distclean ask-python
+.PHONY: help setup demo test simulate soak check format lock image-steps clean distclean ask-python
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  Variables: PYTHON=/path/to/python3.12 (setup), DEMO_SECONDS=20 (demo), PYTEST_ARGS="-k ring" (test),'
-	@echo '  SOAK_ARGS="kill-flow --minutes 5" (soak), UPGRADE=1 (lock)'
+	@echo '  SEEDS=200 (simulate), SOAK_ARGS="kill-flow --minutes 5" (soak), UPGRADE=1 (lock)'
 
 setup: $(VENV)/.dev ## Create .venv with the locked requirements and Tuanyuan itself
 
@@ -38,6 +39,9 @@ test: $(VENV)/.dev ## Run the tests
 
 soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at full size: about 25 minutes, alone on the machine
 	@$(BIN)/tuanyuan soak $(SOAK_ARGS)
+
+simulate: $(VENV)/.run ## Play SEEDS=1000 small worlds full of faults against the oracles
+	@$(BIN)/tuanyuan simulate --seeds $(SEEDS)
 
 check: $(VENV)/.dev ## Check format, lint, types, Dockerfile, compose.yaml and shell scripts
 	$(BIN)/ruff format --check

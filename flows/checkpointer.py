@@ -36,6 +36,7 @@ from flows.checkpoints import (
     OpenCheckpoint,
     WrittenCheckpoint,
 )
+from flows.clock import CLOCK, Clock
 from flows.log import FIRST, LogId, RawEntry, done_key, format_id, log_key, parse_id, trimmed_key
 from flows.metrics import METRICS, Metrics
 from geoindex.columns import U8
@@ -55,7 +56,7 @@ ROOM_SPARE = 1.02
 AGE_ALARM_INTERVALS = 3
 AGE_ALARM_MIN_S = 30.0
 
-_TRIM_WHEN_FULL = """#!lua flags=allow-oom
+TRIM_WHEN_FULL = """#!lua flags=allow-oom
 if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return 0 end
 redis.call('SET', KEYS[2], ARGV[2])
 return redis.call('XTRIM', KEYS[1], 'MINID', ARGV[1])
@@ -82,6 +83,8 @@ class _Order:
 
     shard: int
     room: U8
+    generation: int
+    ordered_at_s: float
     taken: bool = False
     snapshot: Snapshot | None = None
     position: LogId = FIRST
@@ -146,6 +149,7 @@ class Checkpointer:
         keep_ms: int,
         metrics: Metrics = METRICS,
         trims: bool = True,
+        clock: Clock = CLOCK,
     ) -> None:
         """`keep_ms`: no raw ping may be in a log for longer. `trims` False: the logs keep everything."""
         self._store = store
@@ -154,15 +158,19 @@ class Checkpointer:
         self._keep_ms = keep_ms
         self._metrics = metrics
         self._trims = trims
+        self._clock = clock
         self._changed = threading.Condition()
-        now_s = time.monotonic()
+        now_s = clock.monotonic_s()
         shards = list(shards)
         self._lanes = {
             shard: _Lane(due_s=now_s + interval_s * (index + 1) / len(shards)) for index, shard in enumerate(shards)
         }
-        self._started_ms = round(time.time() * 1000)
+        self._started_ms = round(clock.now_ms())
         self._held: dict[int, OpenCheckpoint] = {}
         self._order: _Order | None = None
+        """Open: the worker may take it."""
+        self._wanted: _Order | None = None
+        """What the thread waits for: open, taken, or called off."""
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
@@ -217,11 +225,11 @@ class Checkpointer:
         if position == FIRST:
             return ShardMachine()
         if held is None or held.checkpoint.position != position:
-            held = OpenCheckpoint(self._store.final(shard, position))
+            held = self._store.open(self._store.final(shard, position))
         with contextlib.closing(held):
-            started_s = time.monotonic()
+            started_s = self._clock.monotonic_s()
             machine = held.load()
-        self._metrics.gauge("checkpoint_load_ms", 1000 * (time.monotonic() - started_s), shard=str(shard))
+        self._metrics.gauge("checkpoint_load_ms", 1000 * (self._clock.monotonic_s() - started_s), shard=str(shard))
         return machine
 
     def _hold(self, shard: int, opened: OpenCheckpoint | None) -> None:
@@ -242,10 +250,10 @@ class Checkpointer:
             if tail_lost:
                 words = f"it does not go on behind {format_id(checkpoint.position)}, from where there is a checkpoint"
                 self._metrics.alarms.set("log_tail_lost", words, f"shard {shard}")
-                self._lanes[shard].tail_lost_at_s = time.monotonic()
+                self._lanes[shard].tail_lost_at_s = self._clock.monotonic_s()
         else:
             try:
-                opened = OpenCheckpoint(checkpoint)
+                opened = self._store.open(checkpoint)
                 self._hold(shard, opened)
                 # Not loaded yet: a shard that starts anew would be in memory twice.
                 opened.verify()
@@ -342,7 +350,7 @@ class Checkpointer:
                 finals = [final.position for final in self._store.finals(shard)]
                 if position in finals and position not in lane.unusable:
                     continue
-                started_s = time.monotonic()
+                started_s = self._clock.monotonic_s()
                 lane.written = self._store.write(shard, position, seat.machine.state(), seat.machine.columns())
                 self._measure(shard, lane.written, started_s)
             except OSError as error:
@@ -354,7 +362,7 @@ class Checkpointer:
         """Age of each shard's newest checkpoint: how much log a restart would replay."""
         if not self._interval_s:
             return
-        now_ms = time.time() * 1000
+        now_ms = self._clock.now_ms()
         limit_ms = 1000 * max(AGE_ALARM_MIN_S, AGE_ALARM_INTERVALS * self._interval_s)
         for shard, lane in self._lanes.items():
             since_ms = self._started_ms if lane.final_ms is None else lane.final_ms
@@ -364,7 +372,7 @@ class Checkpointer:
             is_late = lane.seat is not None and late_ms > limit_ms  # its machine may be in another process
             words = f"no checkpoint for {late_ms / 1000:.0f} s" if is_late else None
             self._metrics.alarms.put("checkpoint_age", words, f"shard {shard}")
-            if lane.seat is None and time.monotonic() - lane.tail_lost_at_s > limit_ms / 1000:
+            if lane.seat is None and self._clock.monotonic_s() - lane.tail_lost_at_s > limit_ms / 1000:
                 self._metrics.alarms.clear("log_tail_lost", f"shard {shard}")
 
     # --- the thread -------------------------------------------------------------------------------------------------
@@ -373,26 +381,69 @@ class Checkpointer:
         try:
             while True:
                 with self._changed:
-                    shard = min(self._lanes, key=lambda shard: self._lanes[shard].due_s)
-                    pause_s = self._lanes[shard].due_s - time.monotonic()
-                    ready = self._ready()
-                    if not ready:
-                        if self._stopping:
-                            return
-                        if pause_s > 0:
-                            self._changed.wait(pause_s)
-                            continue
-                for ready_shard in ready:
-                    self._settle(ready_shard)
-                if pause_s <= 0:
-                    lane = self._lanes[shard]
-                    lane.due_s = time.monotonic() + self._checkpoint(shard)
-                    if lane.seat is not None:
-                        self._trim(shard)
+                    while not (self._stopping and self._is_free()) and (pause_s := self.pause_s()) > 0:
+                        self._changed.wait(pause_s)
+                    if self._stopping and self._is_free():
+                        return
+                self.step()
         except BaseException as error:
             logger.exception("checkpoints have failed")
             with self._changed:
                 self._failure = error
+
+    def _is_free(self) -> bool:
+        """Whether nothing is under way that only this thread can end."""
+        return not self._ready() and (self._wanted is None or not self._wanted.taken)
+
+    def pause_s(self) -> float:
+        """How long until there is something to do, unless something changes."""
+        if self._ready():
+            return 0.0
+        order, now_s = self._wanted, self._clock.monotonic_s()
+        if order is None:
+            return min(lane.due_s for lane in self._lanes.values()) - now_s
+        if order.snapshot is not None or self._is_called_off(order):
+            return 0.0
+        # Once the worker has begun it needs no more than moments.
+        return 0.1 if order.taken else order.ordered_at_s + TAKE_TIMEOUT_S - now_s
+
+    def _is_called_off(self, order: _Order) -> bool:
+        """Whether an order was withdrawn before the worker took it."""
+        return self._order is not order and not order.taken
+
+    def step(self) -> None:
+        """One round: what `done` has passed becomes final; of what is due, the next part.
+
+        Public for simulators, which call it instead of `start`.
+        """
+        with self._changed:
+            ready = self._ready()
+        for shard in ready:
+            self._settle(shard)
+        order = self._wanted
+        if order is None:
+            shard = min(self._lanes, key=lambda shard: self._lanes[shard].due_s)
+            if not self._stopping and self._lanes[shard].due_s <= self._clock.monotonic_s():
+                self._take(shard)
+            return
+        with self._changed:
+            late = self._clock.monotonic_s() >= order.ordered_at_s + TAKE_TIMEOUT_S or self._stopping
+            if late and self._order is order:
+                self._order = None
+            ended = order.snapshot is not None or self._is_called_off(order)
+        if ended:
+            self._wanted = None
+            self._done_with(order.shard, self._soon_s() if order.snapshot is None else self._write(order))
+
+    def _soon_s(self) -> float:
+        return min(RETRY_S, self._interval_s)
+
+    def _done_with(self, shard: int, pause_s: float) -> None:
+        """The next checkpoint of the shard is due after `pause_s`."""
+        lane = self._lanes[shard]
+        lane.due_s = self._clock.monotonic_s() + pause_s
+        if lane.seat is not None:
+            self._trim(shard)
 
     def _ready(self) -> list[int]:
         """Shards whose written checkpoint `done` has passed."""
@@ -402,24 +453,33 @@ class Checkpointer:
             if lane.written is not None and lane.written.position <= lane.done
         ]
 
-    def _checkpoint(self, shard: int) -> float:
-        """Take and write one; in how many seconds the next is due."""
+    def _take(self, shard: int) -> None:
+        """Order a snapshot of a shard, in room that is ready, for the worker to take behind its next entry."""
         lane = self._lanes[shard]
         with self._changed:
             seat, generation, waits = lane.seat, lane.generation, lane.written is not None
-        soon_s = min(RETRY_S, self._interval_s)
         if seat is None:
             # Nothing has been read yet, or its machine is in another process.
             self._hold(shard, None)
-            return soon_s
-        if waits:
-            # Pushes are held up, and so would be a newer checkpoint.
-            return soon_s
-        started_s = time.monotonic()
+        if seat is None or waits:
+            # Waits: pushes are held up, and so would be a newer checkpoint.
+            self._done_with(shard, self._soon_s())
+            return
         try:
-            order = self._take(shard, seat.machine.snapshot_bytes)
-            if order is None or order.snapshot is None:
-                return soon_s
+            memory = room(round(seat.machine.snapshot_bytes * ROOM_SPARE) + (1 << 20))
+        except (OSError, MemoryError) as error:
+            self._failed(shard, error)
+            self._done_with(shard, self._interval_s)
+            return
+        with self._changed:
+            self._order = self._wanted = _Order(shard, memory, generation, self._clock.monotonic_s())
+
+    def _write(self, order: _Order) -> float:
+        """Write what the worker copied; in how many seconds the shard's next checkpoint is due."""
+        shard, generation = order.shard, order.generation
+        lane = self._lanes[shard]
+        assert order.snapshot is not None, "the worker has taken the order"
+        try:
             written = self._store.write(
                 shard,
                 order.position,
@@ -429,7 +489,7 @@ class Checkpointer:
                 max(BYTES_PER_S, 2 * len(order.room) * len(self._lanes) / self._interval_s),
             )
         except CheckpointAbandoned:
-            return soon_s
+            return self._soon_s()
         except (OSError, MemoryError) as error:
             self._failed(shard, error)
             return self._interval_s
@@ -439,24 +499,9 @@ class Checkpointer:
                 lane.written = written
         if not wanted:
             self._store.give_up(written)
-            return soon_s
-        self._measure(shard, written, started_s)
-        return max(0.0, self._interval_s - (time.monotonic() - started_s))
-
-    def _take(self, shard: int, size_bytes: int) -> _Order | None:
-        """Have the worker copy the shard's machine; None if no entry came by for it."""
-        order = _Order(shard, room(round(size_bytes * ROOM_SPARE) + (1 << 20)))
-        deadline_s = time.monotonic() + TAKE_TIMEOUT_S
-        with self._changed:
-            self._order = order
-            while order.snapshot is None:
-                # Once the worker has begun it needs no more than moments.
-                gone = self._stopping or self._order is not order or time.monotonic() > deadline_s
-                if gone and not order.taken:
-                    self._order = None
-                    return None
-                self._changed.wait(0.1)
-        return order
+            return self._soon_s()
+        self._measure(shard, written, order.ordered_at_s)
+        return max(0.0, self._interval_s - (self._clock.monotonic_s() - order.ordered_at_s))
 
     def _settle(self, shard: int) -> None:
         """Make a shard's written checkpoint final, and trim behind the one before."""
@@ -479,7 +524,7 @@ class Checkpointer:
         self._trim(shard)
 
     def _measure(self, shard: int, written: WrittenCheckpoint, started_s: float) -> None:
-        self._metrics.gauge("checkpoint_duration_ms", 1000 * (time.monotonic() - started_s), shard=str(shard))
+        self._metrics.gauge("checkpoint_duration_ms", 1000 * (self._clock.monotonic_s() - started_s), shard=str(shard))
         self._metrics.gauge("checkpoint_bytes", written.size_bytes, shard=str(shard))
 
     def _failed(self, shard: int, error: Exception) -> None:
@@ -509,9 +554,7 @@ class Checkpointer:
                     trimmed_count = pipeline.execute()[0]
                 except redis.OutOfMemoryError:
                     keys = log_key(shard), trimmed_key(shard)
-                    trimmed_count = cast(
-                        int, self._client.eval(_TRIM_WHEN_FULL, 2, *keys, format_id(cut), behind[0][0])
-                    )
+                    trimmed_count = cast(int, self._client.eval(TRIM_WHEN_FULL, 2, *keys, format_id(cut), behind[0][0]))
             self._metrics.count("log_entries_trimmed_total", trimmed_count, shard=str(shard))
         except redis.WatchError:
             pass  # another process trims as well

@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import logging
 import os
 import re
 import struct
-import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +33,8 @@ from typing import Any, NoReturn, cast
 import msgpack
 import numpy as np
 
+from flows.clock import CLOCK, Clock
+from flows.disk import DISK, Disk
 from flows.log import LogId, format_id, parse_id
 from geoindex.columns import U8
 from geoindex.entries import Alert, Settings
@@ -57,8 +57,6 @@ _FINAL, _WRITING = ".checkpoint", ".writing"
 _FINAL_NAME = re.compile(r"(\d+-\d+)\.checkpoint")
 _FRAME = struct.Struct("<II")
 _CRC = struct.Struct("<I")
-_sync_bytes: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
-"""macOS has no fdatasync."""
 
 
 class CheckpointUnusable(Exception):
@@ -96,22 +94,23 @@ class CheckpointStore:
     Several processes may use it at once, also for one shard by mistake. Methods raise OSError.
     """
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
+    def __init__(self, directory: Path, settings: Settings, disk: Disk = DISK, clock: Clock = CLOCK) -> None:
         """`directory`: for all deployments; `settings`: what tells this one apart."""
+        self._disk = disk
+        self._clock = clock
         identity = hashlib.blake2b(f"{settings.hash_key} {settings.shard_count}".encode(), digest_size=6).hexdigest()
         self.directory = directory / identity
         self._numbers = itertools.count(1)
 
     def finals(self, shard: int) -> list[Checkpoint]:
         """The shard's final checkpoints, the newest first."""
-        with contextlib.suppress(FileNotFoundError):
-            found = [
-                Checkpoint(shard, parse_id(match[1]), path)
-                for path in self._folder(shard).iterdir()
-                if (match := _FINAL_NAME.fullmatch(path.name))
-            ]
-            return sorted(found, key=lambda checkpoint: checkpoint.position, reverse=True)
-        return []
+        folder = self._folder(shard)
+        found = [
+            Checkpoint(shard, parse_id(match[1]), folder / name)
+            for name in self._disk.names(folder)
+            if (match := _FINAL_NAME.fullmatch(name))
+        ]
+        return sorted(found, key=lambda checkpoint: checkpoint.position, reverse=True)
 
     def final(self, shard: int, position: LogId) -> Checkpoint:
         """The shard's final checkpoint behind that log entry, whether there is one or not."""
@@ -133,34 +132,34 @@ class CheckpointStore:
         `wanted` is asked before each block; `bytes_per_s`: no faster than that, for the sake of others on the disk.
         Raises CheckpointAbandoned, OSError; nothing is left behind then.
         """
-        started_s = time.monotonic()
+        disk, started_s = self._disk, self._clock.monotonic_s()
         folder = self._folder(shard)
-        if not folder.exists():
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            folder.mkdir(exist_ok=True, mode=0o700)
+        if folder.name not in disk.names(self.directory):
+            disk.make_folder(self.directory, parents=True)
+            disk.make_folder(folder)
             for above in (self.directory, self.directory.parent, self.directory.parent.parent):
-                _sync_folder(above)
+                disk.sync_folder(above)
         path = folder / f"{format_id(position)}.{os.getpid()}-{next(self._numbers)}{_WRITING}"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = disk.create(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             header = _pack_header(shard, position, state, columns)
             header_crc = zlib.crc32(header)
-            size_bytes = _write_all(descriptor, [MAGIC + _FRAME.pack(len(header), header_crc), header])
+            size_bytes = _write_all(disk, descriptor, [MAGIC + _FRAME.pack(len(header), header_crc), header])
             synced_bytes = 0
             for name, column in columns.items():
                 for block, crc in _blocks(name, column, header_crc):
                     if not wanted():
                         raise CheckpointAbandoned(f"{path}: nobody wants it any more")
-                    size_bytes += _write_all(descriptor, [block, crc])
+                    size_bytes += _write_all(disk, descriptor, [block, crc])
                     if size_bytes - synced_bytes >= BLOCK_BYTES:
-                        _sync_bytes(descriptor)
+                        disk.sync_bytes(descriptor)
                         synced_bytes = size_bytes
-                    time.sleep(max(0.0, size_bytes / bytes_per_s - (time.monotonic() - started_s)))
-            os.fsync(descriptor)
+                    behind_s = size_bytes / bytes_per_s - (self._clock.monotonic_s() - started_s)
+                    self._clock.sleep(max(0.0, behind_s))
+            disk.sync(descriptor)
         except BaseException:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+            disk.remove(path)
+            disk.close(descriptor)
             raise
         return WrittenCheckpoint(shard, position, path, size_bytes, descriptor)
 
@@ -171,38 +170,47 @@ class CheckpointStore:
         of the two, and have stayed until now: better a damaged checkpoint than none.
         """
         try:
-            written.path.replace(self.final(written.shard, written.position).path)
-            _sync_folder(self._folder(written.shard))
+            self._disk.rename(written.path, self.final(written.shard, written.position).path)
+            self._disk.sync_folder(self._folder(written.shard))
         finally:
-            os.close(written.descriptor)
+            self._disk.close(written.descriptor)
         finals = self.finals(written.shard)
         usable = [final for final in finals if final.position not in unusable or final.position == written.position]
         for final in finals:
             if final not in usable[:KEPT_COUNT]:
-                final.path.unlink(missing_ok=True)
+                self._disk.remove(final.path)
         return self.final(written.shard, written.position)
 
     def give_up(self, written: WrittenCheckpoint) -> None:
         """Delete a checkpoint that will never be final."""
-        written.path.unlink(missing_ok=True)
-        os.close(written.descriptor)
+        self._disk.remove(written.path)
+        self._disk.close(written.descriptor)
 
     def sweep(self, shard: int) -> int:
         """Delete what processes that are gone did not finish; how many files."""
         swept = 0
-        for path in self._folder(shard).glob(f"*{_WRITING}"):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-                swept += 1
+        folder = self._folder(shard)
+        for path in [folder / name for name in self._disk.names(folder) if name.endswith(_WRITING)]:
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = self._disk.open(path)
+                try:
+                    if self._disk.lock_if_free(descriptor):
+                        self._disk.remove(path)
+                        swept += 1
+                finally:
+                    self._disk.close(descriptor)
         return swept
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def load(self, checkpoint: Checkpoint) -> ShardMachine:
         """The machine of a checkpoint. Raises as `OpenCheckpoint`."""
-        with contextlib.closing(OpenCheckpoint(checkpoint)) as opened:
+        with contextlib.closing(self.open(checkpoint)) as opened:
             return opened.load()
+
+    def open(self, checkpoint: Checkpoint) -> OpenCheckpoint:
+        """A checkpoint to read. Raises as `OpenCheckpoint`."""
+        return OpenCheckpoint(checkpoint, self._disk)
 
     def _folder(self, shard: int) -> Path:
         return self.directory / f"s{shard:03d}"
@@ -215,10 +223,11 @@ class OpenCheckpoint:
     follow its settings, and MemoryError.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, disk: Disk = DISK) -> None:
         self.checkpoint = checkpoint
+        self._disk = disk
         try:
-            self._descriptor = os.open(checkpoint.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = disk.open(checkpoint.path)
         except OSError as error:
             self._refuse(f"it cannot be opened: {error.strerror}")
         try:
@@ -238,18 +247,18 @@ class OpenCheckpoint:
     def close(self) -> None:
         """May be called again."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            self._disk.close(self._descriptor)
             self._descriptor = -1
 
     def _read_header(self) -> None:
         checkpoint, descriptor = self.checkpoint, self._descriptor
-        prefix = os.pread(descriptor, len(MAGIC) + _FRAME.size, 0)
+        prefix = self._disk.read_at(descriptor, len(MAGIC) + _FRAME.size, 0)
         if len(prefix) < len(MAGIC) + _FRAME.size or not prefix.startswith(MAGIC):
             self._refuse("it does not begin as a checkpoint does")
         length, self._header_crc = _FRAME.unpack_from(prefix, len(MAGIC))
         if length > HEADER_BYTES_MAX:
             self._refuse("its header is damaged")
-        header = os.pread(descriptor, length, len(prefix))
+        header = self._disk.read_at(descriptor, length, len(prefix))
         if len(header) < length or zlib.crc32(header) != self._header_crc:
             self._refuse("its header is damaged")
         fields = msgpack.unpackb(header)
@@ -267,10 +276,11 @@ class OpenCheckpoint:
         for name, words, rows in fields["columns"]:
             dtype = _unpack_dtype(words)
             self._columns[name] = dtype, rows, offset
-            size_bytes = rows * dtype.itemsize
-            offset += size_bytes + _CRC.size * -(-size_bytes // BLOCK_BYTES)
-        if os.fstat(descriptor).st_size != offset:
-            self._refuse(f"it must have {offset} bytes, and has {os.fstat(descriptor).st_size}")
+            column_bytes = rows * dtype.itemsize
+            offset += column_bytes + _CRC.size * -(-column_bytes // BLOCK_BYTES)
+        size_bytes = self._disk.size_bytes(descriptor)
+        if size_bytes != offset:
+            self._refuse(f"it must have {offset} bytes, and has {size_bytes}")
 
     def _machine(self, fill: Fill) -> ShardMachine:
         """The machine, with its columns read by `fill` or `check`."""
@@ -326,11 +336,11 @@ class OpenCheckpoint:
         nowhere = np.empty(min(BLOCK_BYTES, size_bytes), np.uint8) if target is None else None
         stored_crc = bytearray(_CRC.size)
         crc = _first_crc(name, self._header_crc)
-        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        self._disk.seek(self._descriptor, offset)
         for start in range(0, size_bytes, BLOCK_BYTES):
             stop = min(start + BLOCK_BYTES, size_bytes)
             block = memoryview(cast(Any, nowhere if target is None else target[start:stop]))[: stop - start]
-            _read_all(self._descriptor, [block, memoryview(stored_crc)])
+            _read_all(self._disk, self._descriptor, [block, memoryview(stored_crc)])
             crc = zlib.crc32(block, crc)
             if crc != _CRC.unpack(stored_crc)[0]:
                 self._refuse(f"column {name!r} is damaged between bytes {start} and {stop}")
@@ -463,20 +473,20 @@ def _blocks(name: str, column: Column, header_crc: int) -> Iterator[tuple[memory
         yield block, _CRC.pack(crc)
 
 
-def _write_all(descriptor: int, parts: list[Any]) -> int:
+def _write_all(disk: Disk, descriptor: int, parts: list[Any]) -> int:
     """Write all of the parts; how many bytes. A write may take less than it is given."""
     views = [memoryview(part) for part in parts]
     total = sum(len(view) for view in views)
     while views:
-        written = os.writev(descriptor, views)
+        written = disk.write(descriptor, views)
         views = _after(views, written)
     return total
 
 
-def _read_all(descriptor: int, views: list[memoryview]) -> None:
+def _read_all(disk: Disk, descriptor: int, views: list[memoryview]) -> None:
     """Fill all of the views. Raises OSError at the end of the file."""
     while views:
-        count = os.readv(descriptor, views)
+        count = disk.read_into(descriptor, views)
         if count == 0:
             raise OSError("the file ends too early")
         views = _after(views, count)
@@ -490,11 +500,3 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
     if count:
         views = [views[0][count:], *views[1:]]
     return views
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import redis
 
+from flows.clock import CLOCK, Clock
 from flows.dead_letters import Corpse, bury, dead_key, original, put_back
 from flows.log import LogId, format_id, parse_id, push_key
 from flows.metrics import METRICS, Metrics
@@ -77,6 +77,7 @@ class Consumer:
         consumer: str = "consumer",
         claim_after_s: float = CLAIM_AFTER_S,
         metrics: Metrics = METRICS,
+        clock: Clock = CLOCK,
     ) -> None:
         """`group`: who shares the work; each group gets every push. `consumer`: a name unique in the group.
 
@@ -92,6 +93,7 @@ class Consumer:
         self._queue_of = dict(zip(self._dead_streams, self._streams, strict=True))
         self._group, self._consumer = group, consumer
         self._metrics = metrics
+        self._clock = clock
         self._claim_after_ms = round(claim_after_s * 1000)
         self._claim_at_s = 0.0
         self._unfinished = dict.fromkeys(self._streams, "-")
@@ -187,7 +189,7 @@ class Consumer:
 
     def _claimed(self, entries_max: int) -> list[Delivery]:
         """What other consumers were given and did not acknowledge in time; asked for ten times in that time."""
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         if now_s < self._claim_at_s:
             return []
         self._claim_at_s = now_s + self._claim_after_ms / 10_000

@@ -33,7 +33,7 @@ from flows.log import (
     relay_key,
 )
 from flows.metrics import METRICS, Metrics
-from flows.server import LinkOpener, ServerRefused, worth_a_line
+from flows.server import LinkOpener, ServerRefused, raise_if_lost, worth_a_line
 from flows.wire import MalformedEntry, decode_entry, encode_entry
 from geoindex.entries import AUTO_CLOSE_MS, Alert, AlertClose, AlertRevision
 
@@ -223,7 +223,8 @@ class Desk:
                 pipeline.zadd(ALERT_IDS_KEY, {alert_id: state.published_at_ms})
                 try:
                     desk_id = parse_id(pipeline.execute()[0])
-                except redis.WatchError:
+                except redis.WatchError as error:
+                    raise_if_lost(error)
                     continue  # somebody was faster: look again, which for a stale edit ends in RevisionConflict
             return DeskAnswer(state.alert.revision, desk_id)
 
@@ -300,8 +301,8 @@ class Relay:
                 pipeline.set(relay_key(shard), format_id(events[-1][0]))
                 try:
                     pipeline.execute()
-                except redis.WatchError:
-                    continue
+                except redis.WatchError as error:
+                    raise_if_lost(error)
 
     def _events_after(self, desk_id: LogId) -> list[tuple[LogId, Mapping[bytes, bytes]]]:
         entries = cast(

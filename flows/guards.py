@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import redis
 
+from flows.clock import CLOCK, Clock
 from flows.log_lines import say_unsafe
 from flows.metrics import METRICS, Metrics
 from flows.server import Link, ServerRefused, memory_of, settings_faults, worth_a_line
@@ -116,15 +114,6 @@ class MemoryGuard:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """The two clocks of a process, so that a test can bring its own."""
-
-    wall_ms: Callable[[], float] = lambda: time.time() * 1000
-    """Ms since 1970; may jump."""
-    monotonic_s: Callable[[], float] = time.monotonic
-
-
 class Guards:
     """All guards of one process, and the opener of its links. Thread-safe.
 
@@ -141,14 +130,14 @@ class Guards:
         client: redis.Redis,
         unsafe: bool = False,
         metrics: Metrics = METRICS,
-        clock: Clock | None = None,
+        clock: Clock = CLOCK,
         interval_s: float = INTERVAL_S,
     ) -> None:
         """`unsafe`: go on with a server whose settings are not what we demand, and say so in every line."""
         self._client = client
         self._unsafe = unsafe
         self._metrics = metrics
-        self._clock = clock or Clock()
+        self._clock = clock
         self._interval_s = interval_s
         self._clock_guard = ClockGuard()
         self._memory_guard = MemoryGuard()
@@ -185,7 +174,7 @@ class Guards:
 
     def open_link(self) -> Link:
         """A link to the server, which breaks when the server does not keep its promise any more. Raises as `Link`."""
-        link = Link(self._client, self._unsafe)
+        link = Link(self._client, self._unsafe, clock=self._clock)
         with self._lock:
             self._links.add(link)
         return link
@@ -194,7 +183,7 @@ class Guards:
 
     def start(self) -> None:
         """Look now, and once a second from now on."""
-        self._look()
+        self.look()
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -207,7 +196,7 @@ class Guards:
     def observe(self) -> None:
         """One look at the server. Raises redis.RedisError, ServerRefused (a server that tells no run id)."""
         if self._link is None:
-            self._link = Link(self._client, unsafe=True, answer_timeout_s=GUARD_TIMEOUT_S)
+            self._link = Link(self._client, unsafe=True, answer_timeout_s=GUARD_TIMEOUT_S, clock=self._clock)
             self._new_settings(self._link.faults)
             if self._link.run_id != self._run_id:
                 self._metrics.count("server_runs_total")
@@ -215,7 +204,7 @@ class Guards:
         link, clock = self._link, self._clock
         asked_s = clock.monotonic_s()
         seconds, microseconds = cast(list[bytes], link.ask("TIME"))
-        received_ms, now_s = clock.wall_ms(), clock.monotonic_s()
+        received_ms, now_s = clock.now_ms(), clock.monotonic_s()
         server_ms = int(seconds) * 1000 + int(microseconds) / 1000
         self._clock_guard.observe(server_ms, received_ms, now_s - asked_s, now_s)
         self._metrics.gauge("clock_offset_ms", self._clock_guard.offset_ms)
@@ -255,9 +244,10 @@ class Guards:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._interval_s):
-            self._look()
+            self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """One look, whether the server answers or not. Public for simulators, which call it instead of `start`."""
         try:
             self.observe()
         except (redis.RedisError, ServerRefused) as error:

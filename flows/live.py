@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -33,8 +32,10 @@ from bytewax.testing import run_main
 
 from flows.checkpointer import Checkpointer, LogTooShort
 from flows.checkpoints import CheckpointStore
+from flows.clock import CLOCK, Clock
 from flows.config import FlowConfig
 from flows.desk import RelayThread
+from flows.disk import DISK, Disk
 from flows.guards import Guards
 from flows.log import (
     FIRST,
@@ -76,12 +77,14 @@ class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
         shards: Sequence[int],
         idle_wait_s: float,
         stopping: threading.Event,
+        clock: Clock = CLOCK,
     ) -> None:
         self._reader = reader
         self._checkpointer = checkpointer
         self._shards = shards
         self._idle_wait_s = idle_wait_s
         self._stopping = stopping
+        self._clock = clock
         self._waiting_workers: set[int] = set()
         self.problem: Exception | None = None
         """Why a shard cannot start, now or ever; the flow then ends."""
@@ -102,6 +105,7 @@ class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
             self._idle_wait_s,
             self._stopping,
             self._begin,
+            self._clock,
         )
 
     def _begin(self, shard: int) -> LogId | None:
@@ -125,11 +129,13 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
         idle_wait_s: float,
         stopping: threading.Event,
         begin: Callable[[int], LogId | None],
+        clock: Clock,
     ) -> None:
         self._reader = reader
         self._shard = shard
         self._position_of = begin
-        self._begin_at_s = 0.0
+        self._clock = clock
+        self._begin_at_s = float("-inf")
         self._begin_failures = 0
         self._key = shard_key(shard)
         self._shards = shards
@@ -152,13 +158,13 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
 
     def _begin(self, reason: str) -> list[tuple[str, RawEntry | Reload]]:
         """Start the shard, or start it anew; nothing yet if the server or the disk does not answer."""
-        if time.monotonic() < self._begin_at_s:
+        if self._clock.monotonic_s() < self._begin_at_s:
             return []
         try:
             position = self._position_of(self._shard)
         except (redis.RedisError, OSError) as error:
             self._begin_failures += 1
-            self._begin_at_s = time.monotonic() + BEGIN_RETRY_S
+            self._begin_at_s = self._clock.monotonic_s() + BEGIN_RETRY_S
             if worth_a_line(self._begin_failures):
                 logger.warning("shard %d cannot start yet (try %d): %s", self._shard, self._begin_failures, error)
             return []
@@ -219,9 +225,20 @@ class _QueuePartition(StatefulSinkPartition[ShardPushes, None]):
 
 
 class LiveFlow:
-    """One flow process against a server that is up. `run` blocks until `stop` is called, from a signal or a thread."""
+    """One flow process against a server that is up. `run` blocks until `stop` is called, from a signal or a thread.
 
-    def __init__(self, config: FlowConfig, client: redis.Redis, settings: Settings, in_cluster: bool = False) -> None:
+    Its parts are public for simulators, which take their steps one by one instead of `run`.
+    """
+
+    def __init__(
+        self,
+        config: FlowConfig,
+        client: redis.Redis,
+        settings: Settings,
+        in_cluster: bool = False,
+        clock: Clock = CLOCK,
+        disk: Disk = DISK,
+    ) -> None:
         """`in_cluster`: source, machine and sink of a shard may be in different processes of a Bytewax cluster."""
         self.settings = settings
         self.metrics = METRICS
@@ -230,33 +247,36 @@ class LiveFlow:
         self._stopping = threading.Event()
         self._idle_wait_s = config.idle_wait_ms / 1000
         keep_ms = settings.live_window_ms + HOUR_MS
-        self._guards = guards = Guards(client, config.unsafe_server, self.metrics)
+        self.guards = guards = Guards(client, config.unsafe_server, self.metrics, clock)
         open_link = guards.open_link
         limits = ReaderLimits(
             entries_max=2 * config.in_flight_max,
             process_bytes_max=config.read_ahead_mb << 20,
             in_flight_max=config.in_flight_max,
         )
-        self._reader = LogReader(
+        self.reader = LogReader(
             open_link,
             dict.fromkeys(self._shards),
             limits,
             self.metrics,
             ticks_refused=guards.appends_refused,
+            clock=clock,
         )
-        self._checkpointer = Checkpointer(
-            CheckpointStore(config.checkpoint_directory, settings),
+        self.checkpointer = Checkpointer(
+            CheckpointStore(config.checkpoint_directory, settings, disk, clock),
             client,
             self._shards,
             config.checkpoint_interval_s,
             keep_ms,
             self.metrics,
             config.trim_logs,
+            clock,
         )
-        self._source = LogSource(self._reader, self._checkpointer, self._shards, self._idle_wait_s, self._stopping)
+        self.source = LogSource(self.reader, self.checkpointer, self._shards, self._idle_wait_s, self._stopping, clock)
         # Who writes the pushes of a shard knows first what is done; in a cluster that may be another process.
         self._follower = DoneFollower(open_link, self._shards, self._on_done) if in_cluster else None
-        self._writer = PushWriter(open_link, self._on_done if not in_cluster else _nothing, self.metrics)
+        self.writer = PushWriter(open_link, self._on_done if not in_cluster else _nothing, self.metrics, clock)
+        self.sink = QueueSink(self.writer, self._shards, self.metrics)
         self._keeper = QueueKeeper(
             open_link, self._shards, self.metrics, config.keep_pushes, 1000 * config.queue_unread_alarm_s
         )
@@ -285,35 +305,34 @@ class LiveFlow:
 
     def start(self) -> None:
         """Start the threads."""
-        threads = self._reader, self._writer, self._follower, self._checkpointer, self._keeper
-        for thread in (self._guards, *threads, self._relay, self._rewriter, self._stats):
+        threads = self.reader, self.writer, self._follower, self.checkpointer, self._keeper
+        for thread in (self.guards, *threads, self._relay, self._rewriter, self._stats):
             if thread is not None:
                 thread.start()
 
     def dataflow(self) -> Dataflow:
         """The dataflow, to be run once, by Bytewax in this process or in a cluster."""
-        sink = QueueSink(self._writer, self._shards, self.metrics)
-        return build_flow(self._source, sink, self._machine_of, self._checkpointer.after_entry)
+        return build_flow(self.source, self.sink, self.machine_of, self.checkpointer.after_entry)
 
     def finish(self) -> None:
         """After a dataflow that ended by itself: the last pushes, then a checkpoint of every shard.
 
         Raises LogTooShort or SettingsRefused if that was why it ended.
         """
-        if self._source.problem is not None:
-            raise self._source.problem
-        if not self._writer.drain(10.0):
+        if self.source.problem is not None:
+            raise self.source.problem
+        if not self.writer.drain(10.0):
             logger.warning("stopped with pushes that the server has not taken; the next start writes them")
-        self._checkpointer.stop()
+        self.checkpointer.stop()
         if self._follower is not None:
-            self._follower.wait(self._checkpointer.is_done, 10.0)
-        self._checkpointer.finish()
+            self._follower.wait(self.checkpointer.is_done, 10.0)
+        self.checkpointer.finish()
 
     def end(self) -> None:
         """Stop the threads."""
         self._stopping.set()
-        threads = self._reader, self._writer, self._follower, self._checkpointer, self._keeper
-        for thread in (self._relay, self._rewriter, *threads, self._guards, self._stats):
+        threads = self.reader, self.writer, self._follower, self.checkpointer, self._keeper
+        for thread in (self._relay, self._rewriter, *threads, self.guards, self._stats):
             if thread is not None:
                 thread.stop()
 
@@ -326,19 +345,20 @@ class LiveFlow:
         """Whether the flow was asked to end, or has to."""
         return self._stopping.is_set()
 
-    def _machine_of(self, reload: Reload) -> ShardMachine:
+    def machine_of(self, reload: Reload) -> ShardMachine:
+        """The machine that a shard starts with; raises as `Checkpointer.machine_at`."""
         self._machines.pop(reload.shard, None)
-        machine = self._machines[reload.shard] = self._checkpointer.machine_at(reload.shard, reload.position)
+        machine = self._machines[reload.shard] = self.checkpointer.machine_at(reload.shard, reload.position)
         return machine
 
     def _on_done(self, shard: int, log_id: LogId) -> None:
-        self._reader.release(shard, log_id)
-        self._checkpointer.on_done(shard, log_id)
+        self.reader.release(shard, log_id)
+        self.checkpointer.on_done(shard, log_id)
 
     def _set_gauges(self) -> None:
-        self._checkpointer.set_gauges()
+        self.checkpointer.set_gauges()
         for shard in self._shards:
-            self.metrics.gauge("lag_ms", self._reader.lag_ms(shard), shard=str(shard))
+            self.metrics.gauge("lag_ms", self.reader.lag_ms(shard), shard=str(shard))
         for shard, machine in list(self._machines.items()):
             size = machine.size
             self.metrics.gauge("devices_live", size.located_count, shard=str(shard))

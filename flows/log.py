@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,8 +28,19 @@ from typing import Any, cast
 
 import redis
 
+from flows.clock import CLOCK, Clock
 from flows.metrics import METRICS, Metrics
-from flows.server import Link, LinkOpener, ServerRefused, check_server, connect, masked_url, packed, worth_a_line
+from flows.server import (
+    Link,
+    LinkOpener,
+    ServerRefused,
+    check_server,
+    connect,
+    masked_url,
+    packed,
+    raise_if_lost,
+    worth_a_line,
+)
 from flows.wire import (
     SETTINGS,
     MalformedEntry,
@@ -267,7 +277,8 @@ def _append_settings(client: redis.Redis, shard: int, expected: Settings | None,
             pipeline.xadd(log_key(shard), {kind: payload})
             pipeline.set(settings_key(shard), payload)
             pipeline.execute()
-        except redis.WatchError:
+        except redis.WatchError as error:
+            raise_if_lost(error)
             current = _settings_of(client, shard)
             assert current is not None, "whoever came first wrote settings"
             return current
@@ -427,6 +438,7 @@ class LogReader:
         metrics: Metrics = METRICS,
         writes_ticks: bool = True,
         ticks_refused: Callable[[], str | None] = lambda: None,
+        clock: Clock = CLOCK,
     ) -> None:
         """`positions`: for each shard the id of the last entry that is *not* to be read again; None: `seek` says.
 
@@ -437,6 +449,7 @@ class LogReader:
         self._metrics = metrics
         self._writes_ticks = writes_ticks
         self._ticks_refused = ticks_refused
+        self._clock = clock
         self._bytes_max = self._limits.process_bytes_max // max(1, len(positions))
         self._shards = {
             shard: _Shard(FIRST, stopped=NOT_STARTED) if position is None else _Shard(position)
@@ -504,7 +517,7 @@ class LogReader:
         """Until an entry of one of the shards can be taken; not at all while one of theirs is in flight."""
         with self._changed:
             if self._is_idle(shards) and not self._stopping.is_set():
-                self._changed.wait(timeout_s)
+                self._clock.wait(self._changed, timeout_s)
 
     def _is_idle(self, shards: Iterable[int]) -> bool:
         return self._failure is None and not any(
@@ -550,7 +563,7 @@ class LogReader:
                 return 0.0  # what has come since is being read
             else:
                 oldest_ms = state.position[0]
-            now_ms = link.now_ms() if link is not None else time.time() * 1000
+            now_ms = link.now_ms() if link is not None else self._clock.now_ms()
             return max(0.0, now_ms - oldest_ms) if oldest_ms else 0.0
 
     # The reading thread.
@@ -562,7 +575,7 @@ class LogReader:
                     self.step()
                     self._failures_in_a_row = 0
                 except (redis.RedisError, ServerRefused) as error:
-                    self._break_link(error)
+                    self._stopping.wait(self.break_link(error))
         except BaseException as error:
             logger.exception("the log reader has failed")
             with self._changed:
@@ -575,7 +588,8 @@ class LogReader:
     def step(self) -> None:
         """One round: ticks that are due, one (blocking) read over all shards that have room.
 
-        Public for simulators, which call it instead of `start`. Raises redis.RedisError, ServerRefused.
+        Public for simulators, which call it instead of `start`. Raises redis.RedisError, ServerRefused: then call
+        `break_link`.
         """
         link = self._opened_link()
         with self._changed:
@@ -585,8 +599,13 @@ class LogReader:
                 if state.stopped is None and not self._is_full(state)
             }
             if not open_to_read:
-                self._changed.wait(STOPPED_BLOCK_S)
-                return
+                self._clock.wait(self._changed, STOPPED_BLOCK_S)
+        if not open_to_read:
+            # Nothing else would tell that the server was restarted: the writer drops what was read of the run before,
+            # and no credit ever comes back for it.
+            link.ask("PING")
+            return
+        with self._changed:
             held_up = len(open_to_read) < len(self._shards)
             any_stopped = any(state.stopped is not None for state in self._shards.values())
             room_bytes = min(self._bytes_max - self._shards[shard].held_bytes for shard in open_to_read)
@@ -641,7 +660,7 @@ class LogReader:
         entries_of: dict[int, list[Any]] = {
             self._shard_of_key[key]: entries for key, entries in cast(list[Any], streams or [])
         }
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         with self._changed:
             for shard, (generation, position) in asked.items():
                 state = self._shards[shard]
@@ -677,7 +696,7 @@ class LogReader:
         """Shards at the head of their logs that have been silent for long enough, and how long to block otherwise."""
         if not self._writes_ticks or self._ticks_refused() is not None:
             return [], BLOCK_S
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         quiet_s = {shard: now_s - self._shards[shard].quiet_since_s for shard in open_to_read if self._at_head(shard)}
         if not quiet_s or max(quiet_s.values()) < TICK_S:
             return [], min(BLOCK_S, TICK_S - max(quiet_s.values(), default=0.0))
@@ -715,18 +734,18 @@ class LogReader:
         self._shards[shard] = _Shard(state.position, state.generation + 1, stopped=reason)
         self._changed.notify_all()
 
-    def _break_link(self, error: Exception) -> None:
-        """Close the link after an error, say so, and wait a little before the next try."""
+    def break_link(self, error: Exception) -> float:
+        """Close the link after an error of `step` and say so; in how many seconds to try again."""
         if self._link is not None:
             self._link.close()
             self._link = None
         if self._stopping.is_set():
-            return
+            return 0.0
         self._failures_in_a_row += 1
         self._metrics.count("log_read_errors_total")
         if worth_a_line(self._failures_in_a_row):
             logger.warning("cannot read the logs (try %d): %s", self._failures_in_a_row, error)
-        self._stopping.wait(min(1.0, 0.02 * 2 ** min(self._failures_in_a_row, 8)))
+        return min(1.0, 0.02 * (1 << min(self._failures_in_a_row, 8)))
 
 
 def _tick_command() -> bytes:

@@ -101,20 +101,21 @@ class ShardLogic(StatefulBatchLogic[Entry | Reload, ShardPushes, None]):
     def __init__(self, machine_of: MachineOf, after_entry: AfterEntry) -> None:
         self._machine_of = machine_of
         self._after_entry = after_entry
-        self._machine: ShardMachine | None = None
+        self.machine: ShardMachine | None = None
+        """None before the shard has started. To be looked at, by simulators."""
 
     def on_batch(self, values: list[Entry | Reload]) -> tuple[Iterable[ShardPushes], bool]:
         caused: list[ShardPushes] = []
         for entry in values:
             if isinstance(entry, Reload):
-                self._machine = None  # its memory first
-                self._machine = self._machine_of(entry)
+                self.machine = None  # its memory first
+                self.machine = self._machine_of(entry)
                 continue
-            if self._machine is None:
+            if self.machine is None:
                 # Bytewax does not say which key it builds a logic for; the first entry does.
-                self._machine = self._machine_of(Reload(entry.raw.shard))
-            caused.append(step(self._machine, entry))
-            self._after_entry(entry.raw, self._machine)
+                self.machine = self._machine_of(Reload(entry.raw.shard))
+            caused.append(step(self.machine, entry))
+            self._after_entry(entry.raw, self.machine)
         return caused, StatefulBatchLogic.RETAIN
 
     def snapshot(self) -> None:

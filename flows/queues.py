@@ -9,7 +9,7 @@ so that writing the same pushes again, after a crash or by a second worker, is r
 no id that is not larger than the stream's last. This holds as long as the pushes of a shard go out in log order and
 none is skipped, hence:
 
-    submit ──> waiting entries of each shard ──> one MULTI {XADD ..., SET done:{s} <last log id>} ──> confirmed
+    submit ──> waiting entries of each shard ──> one MULTI {XADD ..., raise done:{s} to <last log id>} ──> confirmed
                                                    └── sent again, the same, until nothing but success or
                                                        "equal or smaller" comes back
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from typing import cast
 
 import redis
 
+from flows.clock import CLOCK, Clock
 from flows.log import LogId, RawEntry, done_key, format_id, parse_id
 from flows.metrics import METRICS, Metrics
 from flows.push_commands import PushCommands, Tally
@@ -42,6 +42,18 @@ BLOCK_BYTES_MAX = 2 << 20
 BLOCK_ENTRIES_MAX = 4096
 DONE_INTERVAL_S = 0.02
 """`done` moves at most this often when there is nothing to push: every SET is an fsync."""
+RAISE_DONE = b"""local known = redis.call('GET', KEYS[1])
+if known then
+  local known_ms, known_seq = string.match(known, '(%d+)-(%d+)')
+  local ms, seq = string.match(ARGV[1], '(%d+)-(%d+)')
+  known_ms, known_seq, ms, seq = tonumber(known_ms), tonumber(known_seq), tonumber(ms), tonumber(seq)
+  if known_ms > ms or (known_ms == ms and known_seq >= seq) then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[1])
+return 1"""
+"""`done` only ever rises. A worker that is behind (a second one for the shard by mistake, one that was paused) would
+set it back, and checkpoints that others have made final since would seem to be ahead of the queues: nobody could start
+from them, and the log is trimmed behind them. Lua's numbers are exact up to 2^53: in ms, until the year 287396."""
 BACKOFF_S = (0.02, 1.0)
 """Before a MULTI that failed is sent again: first, and at most."""
 
@@ -106,7 +118,9 @@ class PushWriter:
         open_link: LinkOpener,
         on_done: Callable[[int, LogId], None] = lambda shard, log_id: None,
         metrics: Metrics = METRICS,
+        clock: Clock = CLOCK,
     ) -> None:
+        self._clock = clock
         self._open_link = open_link
         self._on_done = on_done
         self._metrics = metrics
@@ -153,16 +167,16 @@ class PushWriter:
 
     def drain(self, timeout_s: float) -> bool:
         """Write `done` without delay and wait until everything is confirmed; whether it was within the timeout."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._clock.monotonic_s() + timeout_s
         with self._changed:
             self._draining = True
             self._changed.notify_all()
             try:
                 while any(lane.waiting or lane.block for lane in self._lanes.values()):
-                    left_s = deadline_s - time.monotonic()
+                    left_s = deadline_s - self._clock.monotonic_s()
                     if left_s <= 0 or self._failure is not None or self._stopping:
                         return False
-                    self._changed.wait(left_s)
+                    self._clock.wait(self._changed, left_s)
                 return True
             finally:
                 self._draining = False
@@ -200,7 +214,7 @@ class PushWriter:
 
     def _pause_s(self) -> float:
         """How long until a shard has something to send; infinity if nothing waits."""
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         pause_s = float("inf")
         for lane in self._lanes.values():
             if lane.block is not None:
@@ -227,7 +241,7 @@ class PushWriter:
             self._break_link(error)
 
     def _due_blocks(self) -> list[tuple[int, _Block]]:
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         due: list[tuple[int, _Block]] = []
         with self._changed:
             lanes = list(self._lanes.items())
@@ -253,7 +267,7 @@ class PushWriter:
     def _replies(self, link: Link, block: _Block) -> tuple[str | None, list[bool]]:
         """Why the block was not taken, or None; and for each XADD whether the entry is new. Reads every reply."""
         problem: str | None = None
-        for _ in range(block.push_count + 2):  # MULTI, the XADDs, SET: "OK" and "QUEUED"
+        for _ in range(block.push_count + 2):  # MULTI, the XADDs, EVAL: "OK" and "QUEUED"
             reply = link.receive()
             if isinstance(reply, redis.ResponseError) and problem is None:
                 problem = str(reply)
@@ -269,7 +283,7 @@ class PushWriter:
 
     def _settle(self, link: Link, shard: int, block: _Block, problem: str | None, is_new: list[bool]) -> None:
         lane = self._lanes[shard]
-        now_s = time.monotonic()
+        now_s = self._clock.monotonic_s()
         if problem is not None:
             lane.failures += 1
             lane.retry_at_s = now_s + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(lane.failures, 10))
@@ -360,7 +374,8 @@ class PushWriter:
         if self._stopping:
             return
         self._link_failures += 1
-        self._link_retry_at_s = time.monotonic() + min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(self._link_failures, 10))
+        pause_s = min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(self._link_failures, 10))
+        self._link_retry_at_s = self._clock.monotonic_s() + pause_s
         self._metrics.count("push_link_errors_total")
         if worth_a_line(self._link_failures):
             logger.warning("pushes wait for the server (try %d): %s", self._link_failures, error)
@@ -375,12 +390,14 @@ class DoneFollower:
         shards: Iterable[int],
         on_done: Callable[[int, LogId], None],
         interval_s: float = DONE_INTERVAL_S,
+        clock: Clock = CLOCK,
     ) -> None:
         """`on_done(shard, log_id)` is called from the thread, whenever `done` has moved."""
         self._open_link = open_link
         self._shards = list(shards)
         self._on_done = on_done
         self._interval_s = interval_s
+        self._clock = clock
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="done-follower", daemon=True)
 
@@ -396,11 +413,11 @@ class DoneFollower:
 
     def wait(self, holds: Callable[[], bool], timeout_s: float) -> bool:
         """Until what `on_done` has been told makes `holds()` true; whether it did within the timeout."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._clock.monotonic_s() + timeout_s
         while not holds():
-            if time.monotonic() > deadline_s:
+            if self._clock.monotonic_s() > deadline_s:
                 return False
-            time.sleep(self._interval_s)
+            self._clock.sleep(self._interval_s)
         return True
 
     def _run(self) -> None:
@@ -452,6 +469,6 @@ def _block(shard: int, entries: Sequence[_Waiting]) -> _Block:
         commands.add(entry.log_id, entry.segments, entry.partners)
         tallies += ((entry.log_id[0], tally) for tally in commands.tallies[known:])
     last = entries[-1]
-    done = packed("SET", done_key(shard), format_id(last.log_id)) + packed("EXEC")
+    done = packed("EVAL", RAISE_DONE, 1, done_key(shard), format_id(last.log_id)) + packed("EXEC")
     push_count = sum(entry.push_count for entry in entries)
     return _Block([packed("MULTI"), *commands.parts, done], last, len(entries), push_count, tallies)

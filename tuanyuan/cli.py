@@ -47,10 +47,11 @@ def _add_commands() -> None:
         retention,
         run,
         send,
+        simulate,
         soak,
     )
 
-    for module in (match, run, send, pull, audit, demo, health, retention, bench, soak):
+    for module in (match, run, send, pull, audit, demo, health, retention, bench, simulate, soak):
         name = module.__name__.rpartition(".")[2]
         app.command(name, epilog=module.EPILOG)(getattr(module, name))
     app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -52,6 +53,33 @@ def test_published_alert_stands_on_the_desk_with_revision_1(client: redis.Redis,
     assert known is not None
     assert (known.alert, known.outcome, known.content) == (ALERT, None, {"headline": "Missing in Wuhan"})
     assert abs(known.published_at_ms - NOW_MS) < 600_000
+
+
+def test_edit_whose_answer_was_lost_is_neither_made_again_nor_refused(
+    client: redis.Redis, alert_desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute: Any = redis.client.Pipeline._execute_transaction
+
+    def lost(pipeline: Any, *arguments: Any) -> Any:
+        execute(pipeline, *arguments)
+        pipeline.watching = True  # as it is when no reply has come
+        raise redis.ConnectionError("the connection is closed")
+
+    edits: list[Callable[[], object]] = [
+        lambda: alert_desk.publish(ALERT),
+        lambda: alert_desk.update("a17", {"lat": 31.0}),
+        lambda: alert_desk.close("a17", "found"),
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(redis.client.Pipeline, "_execute_transaction", lost)
+        for edit in edits:
+            with pytest.raises(redis.ConnectionError, match="the connection is closed"):
+                edit()
+    assert [type(event).__name__ for event in events(client, DESK_KEY)] == [
+        "AlertRevision",
+        "AlertRevision",
+        "AlertClose",
+    ]
 
 
 def test_id_that_was_published_before_is_refused(alert_desk: Desk) -> None:

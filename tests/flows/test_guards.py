@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from flows.clock import Clock
 from flows.desk import Desk, RelayThread
 from flows.guards import (
     PINGS_HELD_KEY,
     AppendsRefused,
-    Clock,
     ClockGuard,
     Guards,
     MemoryGuard,
@@ -98,15 +98,26 @@ def test_a_server_without_a_limit_refuses_nothing() -> None:
 # ---- against a server
 
 
+class WrongClock(Clock):
+    """This machine's clocks, off by what a test says."""
+
+    wrong_by_ms = 0.0
+    skipped_s = 0.0
+
+    def now_ms(self) -> float:
+        return super().now_ms() + self.wrong_by_ms
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.skipped_s
+
+
 class Watch:
     """A wall clock that a test sets wrong, and the guards that live by it."""
 
     def __init__(self, client: redis.Redis, unsafe: bool = False) -> None:
-        self.wrong_by_ms = 0.0
-        self.skipped_s = 0.0
+        self.clock = WrongClock()
         self.metrics = Metrics()
-        clock = Clock(lambda: time.time() * 1000 + self.wrong_by_ms, lambda: time.monotonic() + self.skipped_s)
-        self.guards = Guards(client, unsafe, self.metrics, clock, interval_s=0.01)
+        self.guards = Guards(client, unsafe, self.metrics, self.clock, interval_s=0.01)
 
     def alarms(self) -> list[str]:
         return [alarm.kind for alarm in self.metrics.alarms.current()]
@@ -135,7 +146,7 @@ def test_nothing_is_appended_before_the_first_look(watch: Watch) -> None:
 
 def test_a_process_that_stood_still_appends_nothing_before_it_has_looked_again(watch: Watch) -> None:
     watch.guards.observe()
-    watch.skipped_s = 3600.0
+    watch.clock.skipped_s = 3600.0
     with pytest.raises(AppendsRefused, match=r"last compared with ours 36\d\d s ago"):
         watch.guards.check_append()
     watch.guards.observe()
@@ -146,14 +157,14 @@ def test_a_wrong_clock_raises_an_alarm_and_the_right_one_clears_it(
     watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch.guards.observe()
-    watch.wrong_by_ms = -10_000
+    watch.clock.wrong_by_ms = -10_000
     watch.guards.observe()
     assert watch.alarms() == ["clock_offset"]
     assert watch.metrics.value("clock_offset_ms") == pytest.approx(10_000, abs=1000)
     watch.guards.check_append()  # not so wrong that nothing is appended
     watch.guards.observe()
     assert caplog.text.count("alarm clock_offset: the server's clock is 10.") == 1
-    watch.wrong_by_ms = 0
+    watch.clock.wrong_by_ms = 0
     watch.guards.observe()
     assert watch.alarms() == []
     assert "alarm clock_offset: is over" in caplog.text
@@ -162,13 +173,13 @@ def test_a_wrong_clock_raises_an_alarm_and_the_right_one_clears_it(
 def test_under_a_wrong_clock_no_ping_is_appended(client: redis.Redis, watch: Watch) -> None:
     settings = ensure_settings(client, SETTINGS)
     writer = LogWriter(watch.guards.open_link, settings, watch.guards.check_pings)
-    watch.wrong_by_ms = HOUR_AHEAD_MS
+    watch.clock.wrong_by_ms = HOUR_AHEAD_MS
     watch.guards.observe()
     with pytest.raises(AppendsRefused, match="behind this process's") as caught:
         writer.append_pings(batch_of([a_ping()], settings.partners))
     assert not isinstance(caught.value, PingsRefused)
     assert client.xlen(log_key(0)) == 1
-    watch.wrong_by_ms = 0
+    watch.clock.wrong_by_ms = 0
     watch.guards.observe()
     assert len(writer.append_pings(batch_of([a_ping()], settings.partners))) == 1
     writer.close()
@@ -180,13 +191,13 @@ def test_under_a_wrong_clock_no_tick_is_written(client: redis.Redis, watch: Watc
     reader = LogReader(
         watch.guards.open_link, {0: head}, metrics=watch.metrics, ticks_refused=watch.guards.appends_refused
     )
-    watch.wrong_by_ms = HOUR_AHEAD_MS
+    watch.clock.wrong_by_ms = HOUR_AHEAD_MS
     watch.guards.observe()
     time.sleep(1.1)  # the log has been silent for long enough
     for _ in range(2):
         reader.step()
     assert last_id(client, log_key(0)) == head
-    watch.wrong_by_ms = 0
+    watch.clock.wrong_by_ms = 0
     watch.guards.observe()
     reader.step()
     assert last_id(client, log_key(0)) > head
@@ -195,7 +206,7 @@ def test_under_a_wrong_clock_no_tick_is_written(client: redis.Redis, watch: Watc
 
 def test_under_a_wrong_clock_no_alert_is_copied_and_afterwards_it_is(client: redis.Redis, watch: Watch) -> None:
     ensure_settings(client, SETTINGS)
-    watch.wrong_by_ms = HOUR_AHEAD_MS
+    watch.clock.wrong_by_ms = HOUR_AHEAD_MS
     watch.guards.observe()
     now_ms = round(time.time() * 1000)
     alert = Alert("a", 1, 30.0, 114.0, now_ms, DEFAULT_SCHEDULE, now_ms + DEFAULT_EXPIRY_MS)
@@ -204,7 +215,7 @@ def test_under_a_wrong_clock_no_alert_is_copied_and_afterwards_it_is(client: red
     relay.start()
     time.sleep(0.3)
     assert client.get(relay_key(0)) is None
-    watch.wrong_by_ms = 0
+    watch.clock.wrong_by_ms = 0
     watch.guards.observe()
 
     def copied() -> bool:
@@ -270,7 +281,7 @@ def test_settings_that_change_break_every_link_and_refuse_the_next(
     try:
         watch.guards.observe()
         assert link.ask("PING") == b"PONG"  # looked at every few seconds
-        watch.skipped_s += 5.0
+        watch.clock.skipped_s += 5.0
         watch.guards.observe()
         assert watch.alarms() == ["unsafe_server"]
         assert watch.metrics.value("unsafe_server") == 1
@@ -282,7 +293,7 @@ def test_settings_that_change_break_every_link_and_refuse_the_next(
             watch.guards.check_append()
     finally:
         client.config_set(name, right)
-    watch.skipped_s += 5.0
+    watch.clock.skipped_s += 5.0
     watch.guards.observe()
     assert watch.alarms() == []
     watch.guards.check_append()
@@ -304,7 +315,7 @@ def test_with_unsafe_server_it_goes_on_and_every_line_says_so(
         assert caplog.messages[-1] == "[unsafe server] 100 % of it"
     finally:
         client.config_set("appendfsync", "always")
-        watch.skipped_s += 5.0
+        watch.clock.skipped_s += 5.0
         watch.guards.observe()
         watch.guards.stop()
     assert watch.metrics.value("unsafe_server") == 0

@@ -499,6 +499,22 @@ def test_restarted_server_stops_every_shard_until_it_is_reloaded(own_server: Emb
     client.close()
 
 
+def test_reader_without_room_notices_that_the_server_was_restarted(own_server: EmbeddedServer) -> None:
+    client = connect(own_server.url)
+    ensure_settings(client, SETTINGS)
+    limits = ReaderLimits(entries_max=1, in_flight_max=1)
+    reader = LogReader(link_opener(client), {1: FIRST}, limits, writes_ticks=False, metrics=Metrics())
+    reader.start()
+    eventually(lambda: reader.take(1, 10))
+    directory = own_server.directory
+    own_server.close()
+    with EmbeddedServer.start(directory, port=None):
+        # Nothing is released: the writer drops what was read of the run before.
+        eventually(lambda: "the server was restarted" in reader.stopped().get(1, ""))
+        reader.stop()
+    client.close()
+
+
 # --- the reading thread -----------------------------------------------------------------------------------------------
 
 

@@ -120,6 +120,22 @@ def test_push_id_that_would_overflow_is_a_programming_error(log_id: LogId, numbe
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def test_done_never_turns_back_behind_a_faster_worker(
+    client: redis.Redis, open_link: LinkOpener, run_id: str, writing: Writing
+) -> None:
+    slow = Writing(open_link, run_id)
+    for worker, log_id in ((writing, (9, 12)), (slow, (7, 2)), (slow, (9, 2)), (slow, (9, 9))):
+        worker.submit(log_id, [push(0)])
+        worker.finish()
+        assert client.get(done_key(3)) == b"9-12"
+    assert slow.done == [(3, (7, 2)), (3, (9, 2)), (3, (9, 9))]
+    for log_id, done in (((9, 13), b"9-13"), ((10, 0), b"10-0")):
+        slow.submit(log_id, [])
+        slow.finish()
+        assert client.get(done_key(3)) == done
+    slow.writer.stop()
+
+
 def test_pushes_stand_in_the_queues_under_their_derived_ids(client: redis.Redis, writing: Writing) -> None:
     writing.submit((7, 2), [push(0, ids=("a", "b")), push(1, "update", ids=("c",)), push(0, "resolved", ids=("d",))])
     writing.finish()

@@ -82,6 +82,9 @@ WRONG: list[tuple[list[str], int, str | re.Pattern[str]]] = [
     (["alert", "publish", "--file", "header.csv"], 2, re.compile(r"--file header\.csv: ")),
     (["alert", "close", "a"], 2, "Missing option '--outcome'."),
     (["demo", "--phones", "5"], 2, re.compile("Invalid value for '--phones'")),
+    (["simulate", "--mutation", "none"], 2, re.compile("--mutation: there is no 'none'; known are trims-too-early, ")),
+    (["simulate", "--trace"], 2, "--trace is for one --seed"),
+    (["simulate", "--seeds", "0"], 2, re.compile("Invalid value for '--seeds'")),
     (["frobnicate"], 2, "No such command 'frobnicate'."),
     (["alert", "frobnicate"], 2, "No such command 'frobnicate'."),
 ]
@@ -171,6 +174,8 @@ def test_the_help_lists_every_command(helps: dict[str, Ran]) -> None:
         "alert",
         "audit",
         "dead-letters",
+        "simulate",
+        "soak",
     }
     assert {name for name in helps if name and " " not in name} >= expected
     assert {name for name in helps if " " in name} >= {

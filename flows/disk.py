@@ -1,0 +1,104 @@
+"""The disk as checkpoints use it: the operating system's calls, no more, so that a simulator can give another disk.
+
+What was written is on the disk only after `sync`, and a new name of a file only after `sync_folder`: before that,
+either may be lost, or be there in parts, when the machine loses power.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_sync_bytes = getattr(os, "fdatasync", os.fsync)
+"""macOS has no fdatasync."""
+
+
+class Disk:
+    """This machine's. Every method raises OSError."""
+
+    def names(self, folder: Path) -> list[str]:
+        """What is in a folder, in no order; nothing if there is no such folder."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.listdir(folder)
+        return []
+
+    def make_folder(self, folder: Path, parents: bool = False) -> None:
+        """For this user alone; nothing happens if it exists."""
+        folder.mkdir(parents=parents, exist_ok=True, mode=0o700)
+
+    def create(self, path: Path) -> int:
+        """Descriptor of a new file, locked, so that `lock_if_free` of others fails while its owner lives."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def open(self, path: Path) -> int:
+        """Descriptor of a file to read."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def lock_if_free(self, descriptor: int) -> bool:
+        """Take a file's lock; False if somebody has it."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self, descriptor: int) -> None:
+        """Close, and give up the lock."""
+        os.close(descriptor)
+
+    def write(self, descriptor: int, views: Iterable[memoryview]) -> int:
+        """Write at the file's end; how many bytes, which may be fewer than given."""
+        return os.writev(descriptor, list(views))
+
+    def sync_bytes(self, descriptor: int) -> None:
+        """What was written is on the disk; the file's times need not be."""
+        _sync_bytes(descriptor)
+
+    def sync(self, descriptor: int) -> None:
+        """The whole file is on the disk."""
+        os.fsync(descriptor)
+
+    def sync_folder(self, folder: Path) -> None:
+        """The names in a folder are on the disk."""
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, path: Path, target: Path) -> None:
+        """Give a file another name, in place of whatever has that name."""
+        os.replace(path, target)
+
+    def remove(self, path: Path) -> None:
+        """Take a file's name away; nothing happens if it has none."""
+        path.unlink(missing_ok=True)
+
+    def size_bytes(self, descriptor: int) -> int:
+        """How long a file is."""
+        return os.fstat(descriptor).st_size
+
+    def read_at(self, descriptor: int, size_bytes: int, offset: int) -> bytes:
+        """So many bytes from there, or fewer at the file's end."""
+        return os.pread(descriptor, size_bytes, offset)
+
+    def seek(self, descriptor: int, offset: int) -> None:
+        """Where `read_into` goes on."""
+        os.lseek(descriptor, offset, os.SEEK_SET)
+
+    def read_into(self, descriptor: int, views: list[Any]) -> int:
+        """Read on into the views; how many bytes, which may be fewer than they take, 0 at the file's end."""
+        return os.readv(descriptor, views)
+
+
+DISK = Disk()

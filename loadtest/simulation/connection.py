@@ -1,0 +1,210 @@
+"""redis-py's connection, with a simulated server at its other end: everything above it is the real client library.
+
+    redis.Redis ──> ConnectionPool ──> SimulatedConnection ──> Route ──> SimulatedServer
+    flows.server.Link ───────────────────────┘
+
+A `Route` is one process's way to the server. It asks the adversary, at every exchange, what becomes of it: the link may
+break before a command was executed, in the middle of a batch, or behind it, with some of the replies read or none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import hiredis
+import redis
+
+from flows.server import LinkOpener, link_opener
+from loadtest.simulation.clock import SimulatedClock
+from loadtest.simulation.server import Session, SimulatedServer
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """How a link breaks: after so many commands were executed and so many replies came back."""
+
+    executed_count: int
+    reply_count: int
+    timeout: bool
+    """Whether the client sees a timeout instead of a closed connection."""
+
+
+class Route:
+    """One process's way to the server, without an adversary: nothing ever breaks."""
+
+    def __init__(self, server: SimulatedServer) -> None:
+        self.server = server
+
+    def reach(self) -> None:
+        """Raises redis.ConnectionError if the server cannot be reached."""
+
+    def fate(self, command_count: int) -> Break | None:
+        """What becomes of an exchange of so many commands."""
+        return None
+
+    def interlude(self, moment: str) -> None:
+        """Others may run here, and this process may die."""
+
+
+class SimulatedConnection:
+    """What redis-py and `flows.server.Link` use of a connection."""
+
+    def __init__(self, route: Route, **_: Any) -> None:
+        self.route = route
+        self.db = 0
+        self.pid = os.getpid()
+        self.health_check_interval = 0
+        self.retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+        self._session: Session | None = None
+        self._run_number = 0
+        self._replies: deque[Any] = deque()
+        self._is_timing_out = False
+
+    # --- what the pool asks for ---------------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        return self._session is not None
+
+    def connect(self) -> None:
+        if self._session is None:
+            self.route.reach()
+            self._session = Session()
+            self._run_number = self.route.server.run_number
+            self._replies.clear()
+
+    connect_check_health = connect
+
+    def disconnect(self, *_: Any) -> None:
+        self._session = None
+        self._replies.clear()
+
+    def can_read(self, timeout: float = 0) -> bool:
+        if self._run_number != self.route.server.run_number:
+            raise redis.ConnectionError("the server has closed the connection")
+        return bool(self._replies)
+
+    def should_reconnect(self) -> bool:
+        return False
+
+    def set_parser(self, parser_class: Any) -> None:
+        """Replies need no parser here."""
+
+    def re_auth(self) -> None:
+        """Nobody has a password here."""
+
+    # --- commands and replies -----------------------------------------------------------------------------------------
+
+    def pack_commands(self, commands: Iterable[Sequence[Any]]) -> list[list[bytes]]:
+        return [[_raw(word) for word in _split(command)] for command in commands]
+
+    def send_command(self, *words: Any, **_: Any) -> None:
+        self._send([[_raw(word) for word in _split(words)]])
+
+    def send_packed_command(self, packed: list[Any], check_health: bool = True) -> None:
+        if packed and isinstance(packed[0], bytes):
+            reader = hiredis.Reader()
+            for part in packed:
+                reader.feed(part)
+            commands: list[list[bytes]] = []
+            while (command := reader.gets()) is not False:
+                commands.append(cast("list[bytes]", command))
+            self._send(commands)
+        else:
+            self._send(packed)
+
+    def _send(self, commands: list[list[bytes]]) -> None:
+        if self._session is None:
+            self.connect()
+        self.route.interlude("before")
+        session, server = self._session, self.route.server
+        if session is None or self._run_number != server.run_number:
+            self.disconnect()
+            raise redis.ConnectionError("the server has closed the connection")
+        fate = self.route.fate(len(commands))
+        if fate is not None:
+            replies = [server.execute(session, command) for command in commands[: fate.executed_count]]
+            self.disconnect()
+            if fate.reply_count == 0 and fate.executed_count == 0 and not fate.timeout:
+                raise redis.ConnectionError("the link broke before anything was sent")
+            self._session = session
+            self._is_timing_out = fate.timeout
+            self._replies.extend(replies[: fate.reply_count])
+            self._replies.append(_BROKEN)
+        else:
+            for command in commands:
+                self._replies.append(server.execute(session, command))
+        self.route.interlude("behind")
+
+    def read_response(self, *_: Any, **__: Any) -> Any:
+        if not self._replies:
+            self.disconnect()
+            raise redis.ConnectionError("the connection is closed")
+        reply = self._replies.popleft()
+        if reply is _BROKEN:
+            self.disconnect()
+            if self._is_timing_out:
+                raise redis.TimeoutError("no reply in time")
+            raise redis.ConnectionError("the link broke")
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+_BROKEN = object()
+"""In place of the replies that never came."""
+
+
+class _Pool(redis.ConnectionPool):
+    """The real pool's way with connections, without its locks and measurements, which cost more than our server."""
+
+    def get_connection(self, *_: Any, **__: Any) -> Any:
+        free = self._available_connections
+        connection = cast(SimulatedConnection, free.pop() if free else self.make_connection())
+        self._in_use_connections.add(cast(Any, connection))
+        try:
+            connection.connect()
+            try:
+                if connection.can_read():
+                    raise redis.ConnectionError("Connection has data")
+            except redis.ConnectionError:
+                connection.disconnect()
+                connection.connect()
+        except BaseException:
+            self.release(cast(Any, connection))
+            raise
+        return connection
+
+    def release(self, connection: Any) -> None:
+        if connection in self._in_use_connections:
+            self._in_use_connections.remove(connection)
+            self._available_connections.append(connection)
+
+
+def simulated_client(route: Route) -> redis.Redis:
+    """The real client library over a route."""
+    pool = _Pool(connection_class=cast(Any, SimulatedConnection), route=route, protocol=2)
+    return redis.Redis(connection_pool=pool)
+
+
+def simulated_links(client: redis.Redis, clock: SimulatedClock) -> LinkOpener:
+    """Opens the real links over a client's route."""
+    return link_opener(client, clock=clock)
+
+
+def _split(words: Sequence[Any]) -> list[Any]:
+    """`XGROUP CREATE` is two words for the server."""
+    first = words[0]
+    return [*first.split(), *words[1:]] if isinstance(first, str) and " " in first else list(words)
+
+
+def _raw(word: Any) -> bytes:
+    if isinstance(word, bytes):
+        return word
+    if isinstance(word, str):
+        return word.encode()
+    return repr(word).encode() if isinstance(word, float) else str(word).encode()
