@@ -5,6 +5,7 @@ Each is a mistake that somebody could make, or made. `mutated` puts it in place 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -203,7 +204,7 @@ def _plain_pipeline() -> list[Patch]:
 
     def replies(self: Any, link: Any, sent: Any) -> tuple[str | None, list[bool]]:
         problem, is_new = None, []
-        for _ in range(len(sent.tallies) + 1):
+        for _ in range(sent.push_count + 1):
             reply = link.receive()
             is_new.append(not isinstance(reply, Exception))
             if isinstance(reply, Exception) and "equal or smaller" not in str(reply):
@@ -259,12 +260,18 @@ def _done_may_turn_back() -> list[Patch]:
 
 
 def _ids_of_the_server() -> list[Patch]:
-    automatic = (-1, -1)
+    make = queues._block
 
-    def text(log_id: Any) -> str:
-        return "*" if log_id == automatic else format_id(log_id)
+    def block(shard: int, entries: Any) -> Any:
+        made = make(shard, entries)
+        made.parts = [_ENTRY_ID.sub(rb"$1\r\n*\r\n\1", b"".join(made.parts))]
+        return made
 
-    return [(queues, "push_id", lambda log_id, number: automatic), (queues, "format_id", text)]
+    return [(queues, "_block", block)]
+
+
+_ENTRY_ID = re.compile(rb"\$\d+\r\n\d+-\d+\r\n(\$\d+\r\n(?:alert|update|resolved)\r\n)")
+"""The id of an XADD to a queue, ahead of the push's kind."""
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
