@@ -509,8 +509,9 @@ class SimulatedServer:
                 pending = group.pending[entry_id]
                 if entry_id <= after or pending.consumer != consumer or len(entries) == count:
                     continue
-                pending.delivered_at_ms = self.clock_ms
-                pending.delivery_count += 1
+                if stream.index_of(entry_id) is not None:
+                    pending.delivered_at_ms = self.clock_ms
+                    pending.delivery_count += 1
                 entries.append(_entry(stream, entry_id))
             found.append([key, entries])
         return found or None

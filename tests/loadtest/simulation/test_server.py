@@ -61,7 +61,7 @@ class Pair:
 
 
 def comparable(reply: object) -> object:
-    """Errors by class and words; of XINFO what we know of."""
+    """Errors by class and words; of XINFO what we know of; of XPENDING not for how long an entry was idle."""
     if isinstance(reply, Exception):
         return type(reply).__name__, str(reply)
     if isinstance(reply, list) and reply and reply[0] == b"length":
@@ -70,6 +70,9 @@ def comparable(reply: object) -> object:
             name: fields[name]
             for name in (b"length", b"last-generated-id", b"groups", b"entries-added", b"first-entry", b"last-entry")
         }
+    match reply:
+        case [bytes() as entry_id, bytes() as owner, int(), int() as delivery_count] if b"-" in entry_id:
+            return [entry_id, owner, delivery_count]
     return [comparable(part) for part in reply] if isinstance(reply, list) else reply
 
 
@@ -112,6 +115,8 @@ def some_command(rng: random.Random, in_multi: bool) -> list[Any]:
         ["XACK", stream, group, entry_id(), entry_id(), entry_id()],
         ["XCLAIM", stream, group, consumer, 0, entry_id(), entry_id(), "IDLE", 1000, "JUSTID"],
         ["XCLAIM", stream, group, consumer, 0, entry_id()],
+        ["XPENDING", stream, group, bound(), bound(), rng.randint(1, 4)],
+        ["XPENDING", stream, group, "IDLE", 0, "-", "+", 10, consumer],
         ["XAUTOCLAIM", stream, group, consumer, 0, rng.choice(("0-0", entry_id())), "COUNT", rng.randint(1, 4)],
         ["GET", rng.choice(("v1", "v2", "done", stream))],
         ["SET", rng.choice(("v1", "v2")), entry_id()],
