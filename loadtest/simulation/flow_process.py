@@ -59,6 +59,10 @@ class FlowProcess(Process):
         """Those that have started, by shard."""
         return {shard: logic.machine for shard, logic in self._logics.items() if logic.machine is not None}
 
+    def has_caught_up(self) -> bool:
+        """Whether every machine has seen the whole log, and what it caused is in the queues."""
+        return all(self.flow.reader.at_head(shard) for shard in self.shards)
+
     def stop(self) -> None:
         """As SIGTERM does: the worker ends at its next turn."""
         self.flow.stop()

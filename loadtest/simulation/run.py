@@ -307,7 +307,6 @@ class Scene:
             actor.process.cut_off_until_ms = actor.process.paused_until_ms = 0
         world.note("quiet")
         self.officers[0].closes_all = world.rng.random() < 0.7
-        partners = (*PARTNERS, LATE_PARTNER)
         for number in range(QUIET_ROUNDS_MAX):
             world.pass_time(QUIET_ROUND_MS)
             self._supervise()
@@ -315,10 +314,17 @@ class Scene:
                 world.run(actor)
             if world.violations or self.oracle.is_beyond_repair:
                 return
-            if number >= QUIET_ROUNDS_MIN and all(self._flows) and self.oracle.unsettled(partners) is None:
+            if number >= QUIET_ROUNDS_MIN and self._unsettled() is None:
                 return
-        words = self.oracle.unsettled(partners) or "a flow does not start"
+        words = self._unsettled()
         world.violate("a quiet world settles", f"not after {QUIET_ROUNDS_MAX * QUIET_ROUND_MS / 1000:.0f} s: {words}")
+
+    def _unsettled(self) -> str | None:
+        """What has not come to its end; None: nothing."""
+        for flow, shards in zip(self._flows, self._layout, strict=True):
+            if flow is None or flow.is_dead or not flow.has_caught_up():
+                return f"the flow of shards {shards} has not caught up"
+        return self.oracle.unsettled((*PARTNERS, LATE_PARTNER))
 
     def _quiet_actors(self) -> Iterator[Actor]:
         for actor in list(self.world.actors):
