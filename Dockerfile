@@ -21,6 +21,7 @@ RUN python -m venv "$INSTALLER" \
 COPY pyproject.toml LICENSE ./
 COPY geoindex geoindex
 COPY flows flows
+COPY gateway gateway
 COPY loadtest loadtest
 COPY tuanyuan tuanyuan
 RUN "$INSTALLER/bin/pip" wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \

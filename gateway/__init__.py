@@ -1,0 +1,1 @@
+"""The HTTP edge: partners, police and map apps, and nobody else."""
