@@ -41,7 +41,7 @@ class Line:
 
 
 def _example(name: str) -> str:
-    return f"tests/geoindex/test_shard.py::test_worked_example[1-{name}]"
+    return f"tests/geoindex/test_shard.py::test_worked_example[1-{name.replace(' ', '_')}]"
 
 
 LINES: tuple[Line, ...] = (
