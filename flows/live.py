@@ -261,6 +261,7 @@ class LiveFlow:
             self.metrics,
             ticks_refused=guards.appends_refused,
             clock=clock,
+            link_count=config.reader_links,
         )
         self.checkpointer = Checkpointer(
             CheckpointStore(config.checkpoint_directory, settings, disk, clock),

@@ -11,7 +11,7 @@
 The shard is the keys' hash tag, so that a shard's keys live on one node of a cluster. None of the streams is ever
 deleted: the ids would start again.
 
-    senders ──LogWriter──> log:{s} ──LogReader: one thread──> bounded queue a shard ──take──> source partitions
+    senders ──LogWriter──> log:{s} ──LogReader: threads─────> bounded queue a shard ──take──> source partitions
                                           ^                                                        │
                                           └──────────── release (when `done` has advanced) ────────┘
 """
@@ -89,6 +89,7 @@ FIRST: LogId = (0, 0)
 
 PINGS_PER_ENTRY_MAX = 16_384
 """About 750 KB. Larger gains nothing: decoding costs 1 ns a ping less at most, and an entry is the unit of latency."""
+_MULTI, _EXEC = packed("MULTI"), packed("EXEC")
 SEND_BYTES = 8 << 20
 """Appends sent before their replies are read."""
 REPLY_ENTRIES_MAX = 64
@@ -362,18 +363,38 @@ class LogWriter:
                 b"\r\n",
             ]
         try:
-            self._link.send(parts)
-            replies = [self._link.receive() for _ in entries]
+            replies = self._in_one_sync(self._link, parts, len(entries))
+        except redis.ResponseError:
+            raise
         except BaseException:
             self.close()
             raise
-        for reply in replies:
-            if isinstance(reply, redis.ResponseError):
-                raise reply
         return [
             Appended(shard, parse_id(cast(bytes, reply)), ping_count)
             for (shard, _, ping_count), reply in zip(entries, replies, strict=True)
         ]
+
+    @staticmethod
+    def _in_one_sync(link: Link, parts: list[bytes], count: int) -> list[object]:
+        """Send `count` commands; the answers. Raises what the server refuses.
+
+        The server takes one large command from a link between two of its fsyncs, and does nothing else while it waits
+        for the disk: eight XADDs are eight fsyncs, and whoever reads or pushes waits for all of them. Inside a MULTI
+        they are one. On a cluster the shards' keys have different slots, and there is no MULTI over them.
+        """
+        if link.is_cluster or count == 1:
+            link.send(parts)
+            replies = [link.receive() for _ in range(count)]
+        else:
+            link.send([_MULTI, *parts, _EXEC])
+            replies = [link.receive() for _ in range(count + 1)]
+            executed = link.receive()
+            # Refused as a whole, after or without one of the commands having been.
+            replies = [*replies, executed] if isinstance(executed, redis.ResponseError) else cast(Any, executed)
+        for reply in replies:
+            if isinstance(reply, redis.ResponseError):
+                raise reply
+        return replies
 
 
 def append_entry(client: redis.Redis, shard: int, entry: LogEntry) -> LogId:
@@ -412,8 +433,18 @@ class _Shard:
     """Why nothing is read: the shard must be reloaded, and `seek` be called."""
 
 
+@dataclass(slots=True)
+class _Lane:
+    """Some of the shards, the link they are read by, and its thread."""
+
+    shards: tuple[int, ...]
+    link: Link | None = None
+    thread: threading.Thread | None = None
+    failures_in_a_row: int = 0
+
+
 class LogReader:
-    """Reads the logs of this process's shards: one thread, blocking reads, bounded queues. Thread-safe.
+    """Reads the logs of this process's shards: a few threads, blocking reads, bounded queues. Thread-safe.
 
     For a source partition, which must not keep others from working and must not be late:
 
@@ -439,8 +470,11 @@ class LogReader:
         writes_ticks: bool = True,
         ticks_refused: Callable[[], str | None] = lambda: None,
         clock: Clock = CLOCK,
+        link_count: int = 1,
     ) -> None:
         """`positions`: for each shard the id of the last entry that is *not* to be read again; None: `seek` says.
+
+        `link_count`: links among which the shards are divided, each with a thread of its own.
 
         `ticks_refused`: why no tick may be written now (`Guards.appends_refused`), or None.
         """
@@ -457,37 +491,40 @@ class LogReader:
         }
         self._shard_of_key = {log_key(shard).encode(): shard for shard in positions}
         self._entry_bytes = 64 << 10  # running mean, for COUNT
-        self._link: Link | None = None
+        shards = list(positions)
+        self._lanes = [_Lane(tuple(shards[first::link_count])) for first in range(max(1, min(link_count, len(shards))))]
+        self._lane_of = {shard: lane for lane in self._lanes for shard in lane.shards}
         self._run_id: str | None = None
         self._changed = threading.Condition()
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._failures_in_a_row = 0
 
     # Called by the flow, from its threads.
 
     def start(self) -> None:
-        """Start the reading thread."""
-        assert self._thread is None, "a reader starts once"
-        self._thread = threading.Thread(target=self._run, name="log-reader", daemon=True)
-        self._thread.start()
+        """Start the reading threads."""
+        for number, lane in enumerate(self._lanes):
+            assert lane.thread is None, "a reader starts once"
+            lane.thread = threading.Thread(target=self._run, args=(lane,), name=f"log-reader-{number}", daemon=True)
+            lane.thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Stop reading; what was read can still be taken. Returns when the thread has ended."""
+        """Stop reading; what was read can still be taken. Returns when the threads have ended."""
         self._stopping.set()
-        link = self._link
-        if link is not None:
-            link.close()
+        for lane in self._lanes:
+            link = lane.link
+            if link is not None:
+                link.close()
         with self._changed:
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        for lane in self._lanes:
+            if lane.thread is not None:
+                lane.thread.join(timeout_s)
 
     def take(self, shard: int, entries_max: int) -> list[RawEntry]:
         """The next entries of a shard, in log order; empty if there are none yet, or no credit. Never blocks.
 
-        Raises RuntimeError if the reading thread has died of a programming error.
+        Raises RuntimeError if a reading thread has died of a programming error.
         """
         with self._changed:
             if self._failure is not None:
@@ -554,7 +591,7 @@ class LogReader:
         """
         with self._changed:
             state = self._shards[shard]
-            link = self._link
+            link = self._lane_of[shard].link
             if state.in_flight:
                 oldest_ms = state.in_flight[0][0][0]
             elif state.queue:
@@ -566,36 +603,46 @@ class LogReader:
             now_ms = link.now_ms() if link is not None else self._clock.now_ms()
             return max(0.0, now_ms - oldest_ms) if oldest_ms else 0.0
 
-    # The reading thread.
+    # The reading threads.
 
-    def _run(self) -> None:
+    def _run(self, lane: _Lane) -> None:
         try:
             while not self._stopping.is_set():
                 try:
-                    self.step()
-                    self._failures_in_a_row = 0
+                    self._step(lane)
+                    lane.failures_in_a_row = 0
                 except (redis.RedisError, ServerRefused) as error:
-                    self._stopping.wait(self.break_link(error))
+                    self._stopping.wait(self._break_link(lane, error))
         except BaseException as error:
             logger.exception("the log reader has failed")
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
         finally:
-            if self._link is not None:
-                self._link.close()
+            if lane.link is not None:
+                lane.link.close()
 
     def step(self) -> None:
-        """One round: ticks that are due, one (blocking) read over all shards that have room.
+        """One round of a reader with one link, for simulators, which call it instead of `start`.
 
-        Public for simulators, which call it instead of `start`. Raises redis.RedisError, ServerRefused: then call
-        `break_link`.
+        Raises redis.RedisError, ServerRefused: then call `break_link`.
         """
-        link = self._opened_link()
+        (lane,) = self._lanes
+        self._step(lane)
+
+    def break_link(self, error: Exception) -> float:
+        """Close the link after an error of `step` and say so; in how many seconds to try again."""
+        (lane,) = self._lanes
+        return self._break_link(lane, error)
+
+    def _step(self, lane: _Lane) -> None:
+        """Ticks that are due, one (blocking) read over all shards of the lane that have room."""
+        link = self._opened_link(lane)
         with self._changed:
+            states = {shard: self._shards[shard] for shard in lane.shards}
             open_to_read = {
                 shard: (state.generation, state.position)
-                for shard, state in self._shards.items()
+                for shard, state in states.items()
                 if state.stopped is None and not self._is_full(state)
             }
             if not open_to_read:
@@ -606,8 +653,8 @@ class LogReader:
             link.ask("PING")
             return
         with self._changed:
-            held_up = len(open_to_read) < len(self._shards)
-            any_stopped = any(state.stopped is not None for state in self._shards.values())
+            held_up = len(open_to_read) < len(states)
+            any_stopped = any(state.stopped is not None for state in states.values())
             room_bytes = min(self._bytes_max - self._shards[shard].held_bytes for shard in open_to_read)
             room = min(
                 self._limits.entries_max - len(self._shards[shard].queue) - len(self._shards[shard].in_flight)
@@ -619,7 +666,8 @@ class LogReader:
         elif held_up:
             block_s = min(block_s, FULL_BLOCK_S)
         # Per stream. At least 2, so that one entry alone shows that there are no more.
-        per_reply = min(REPLY_ENTRIES_MAX, REPLY_BYTES_MAX // self._entry_bytes) // len(open_to_read)
+        reply_bytes_max = REPLY_BYTES_MAX // len(self._lanes)
+        per_reply = min(REPLY_ENTRIES_MAX, reply_bytes_max // self._entry_bytes) // len(open_to_read)
         count = max(2, min(room, room_bytes // self._entry_bytes, per_reply))
 
         # One write: the server answers the ticks, blocks in XREAD, and then answers MGET. `trimmed` only ever rises and
@@ -662,6 +710,8 @@ class LogReader:
         }
         now_s = self._clock.monotonic_s()
         with self._changed:
+            if link.run_id != self._run_id:
+                raise redis.ConnectionError("another link has met a later run of the server")
             for shard, (generation, position) in asked.items():
                 state = self._shards[shard]
                 if state.generation != generation:
@@ -712,9 +762,9 @@ class LogReader:
         held = len(state.queue) + len(state.in_flight)
         return held >= self._limits.entries_max or (held > 0 and state.held_bytes >= self._bytes_max)
 
-    def _opened_link(self) -> Link:
-        if self._link is not None:
-            return self._link
+    def _opened_link(self, lane: _Lane) -> Link:
+        if lane.link is not None:
+            return lane.link
         link = self._open_link()
         if self._stopping.is_set():
             link.close()
@@ -724,7 +774,7 @@ class LogReader:
                 for shard in self._shards:
                     self._stop_shard(shard, f"the server was restarted (run {self._run_id[:8]} -> {link.run_id[:8]})")
             self._run_id = link.run_id
-            self._link = link
+            lane.link = link
         return link
 
     def _stop_shard(self, shard: int, reason: str) -> None:
@@ -734,18 +784,17 @@ class LogReader:
         self._shards[shard] = _Shard(state.position, state.generation + 1, stopped=reason)
         self._changed.notify_all()
 
-    def break_link(self, error: Exception) -> float:
-        """Close the link after an error of `step` and say so; in how many seconds to try again."""
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+    def _break_link(self, lane: _Lane, error: Exception) -> float:
+        if lane.link is not None:
+            lane.link.close()
+            lane.link = None
         if self._stopping.is_set():
             return 0.0
-        self._failures_in_a_row += 1
+        lane.failures_in_a_row += 1
         self._metrics.count("log_read_errors_total")
-        if worth_a_line(self._failures_in_a_row):
-            logger.warning("cannot read the logs (try %d): %s", self._failures_in_a_row, error)
-        return min(1.0, 0.02 * (1 << min(self._failures_in_a_row, 8)))
+        if worth_a_line(lane.failures_in_a_row):
+            logger.warning("cannot read the logs (try %d): %s", lane.failures_in_a_row, error)
+        return min(1.0, 0.02 * (1 << min(lane.failures_in_a_row, 8)))
 
 
 def _tick_command() -> bytes:

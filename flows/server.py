@@ -111,6 +111,8 @@ class Link:
 
     run_id: str
     """The server's own name for this run: it changes with every start."""
+    is_cluster: bool
+    """Whether the server is a node of a cluster, which takes no transaction over several shards."""
     clock_ahead_ms: float
     """Server's clock minus ours, when the link was opened."""
     faults: list[str]
@@ -142,7 +144,9 @@ class Link:
             self.faults = settings_faults(self)
             if self.faults and not unsafe:
                 raise ServerRefused("; ".join(self.faults))
-            self.run_id = _run_id(self.ask("INFO", "server"))
+            info = self.ask("INFO", "server")
+            self.run_id = _run_id(info)
+            self.is_cluster = b"redis_mode:cluster" in cast(bytes, info)
             seconds, microseconds = cast(list[bytes], self.ask("TIME"))
             self.clock_ahead_ms = int(seconds) * 1000 + int(microseconds) / 1000 - clock.now_ms()
         except BaseException:

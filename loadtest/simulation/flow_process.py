@@ -36,6 +36,7 @@ class FlowProcess(Process):
             var=CHECKPOINT_FOLDER.parent,
             shards=",".join(map(str, shards)),
             idle_wait_ms=0,
+            reader_links=1,
             unsafe_server=False,
             **options,
         )

@@ -518,16 +518,27 @@ def test_reader_without_room_notices_that_the_server_was_restarted(own_server: E
 # --- the reading thread -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reader(open_link: LinkOpener, logs: Settings) -> Iterator[LogReader]:
-    reader = LogReader(open_link, dict.fromkeys(range(4), FIRST), metrics=Metrics())
+def take_of_each(reader: LogReader, shard_count: int) -> None:
+    """Until entries of every shard were taken; links deliver theirs at different moments."""
+    left = set(range(shard_count))
+
+    def take() -> bool:
+        left.difference_update([shard for shard in left if reader.take(shard, 10)])
+        return not left
+
+    eventually(take)
+
+
+@pytest.fixture(params=[1, 3], ids=["one_link", "three_links"])
+def reader(open_link: LinkOpener, logs: Settings, request: Any) -> Iterator[LogReader]:
+    reader = LogReader(open_link, dict.fromkeys(range(4), FIRST), metrics=Metrics(), link_count=request.param)
     reader.start()
     yield reader
     reader.stop()
 
 
 def test_wait_ends_when_an_entry_arrives(client: redis.Redis, reader: LogReader, monkeypatch: Any) -> None:
-    eventually(lambda: all(reader.take(shard, 10) for shard in range(4)))
+    take_of_each(reader, 4)
     for shard in range(4):
         reader.release(shard, last_id(client, log_key(shard)))
     started_s = time.monotonic()
@@ -607,9 +618,9 @@ def test_programming_error_in_the_thread_reaches_the_flow(logs: Settings) -> Non
 def test_idle_reader_costs_next_to_nothing(client: redis.Redis, open_link: LinkOpener, monkeypatch: Any) -> None:
     monkeypatch.setattr(log, "BLOCK_S", 1.0)
     ensure_settings(client, replace(SETTINGS, shard_count=8))
-    reader = LogReader(open_link, dict.fromkeys(range(8), FIRST))
+    reader = LogReader(open_link, dict.fromkeys(range(8), FIRST), link_count=4)
     reader.start()
-    eventually(lambda: all(reader.take(shard, 10) for shard in range(8)))
+    take_of_each(reader, 8)
     time.sleep(0.2)
 
     def used_s() -> float:
@@ -617,13 +628,93 @@ def test_idle_reader_costs_next_to_nothing(client: redis.Redis, open_link: LinkO
         return sum(
             cast(float, thread.user_time + thread.system_time)
             for thread in psutil.Process().threads()
-            if names.get(thread.id) == "log-reader"
+            if names.get(thread.id, "").startswith("log-reader")
         )
 
     before_s = used_s()
     time.sleep(2)
     assert (used_s() - before_s) / 2 <= 0.015
     reader.stop()
+
+
+def test_a_link_that_is_left_over_from_another_run_of_the_server_delivers_nothing(
+    client: redis.Redis, logs: Settings
+) -> None:
+    """Two links: shards 0 and 2 by one, 1 and 3 by the other, which is the first to meet a later run."""
+    opened: list[Link] = []
+
+    def open_link() -> Link:
+        link = Link(client)
+        if len(opened) >= 2:
+            link.run_id = "later"
+        opened.append(link)
+        return link
+
+    reader = LogReader(open_link, dict.fromkeys(range(4), FIRST), writes_ticks=False, metrics=Metrics(), link_count=2)
+    reader.start()
+    take_of_each(reader, 4)
+    opened[1].close()
+    eventually(lambda: reader.run_id == "later")
+    assert set(reader.stopped()) == set(range(4))
+    for shard in range(4):
+        reader.seek(shard, FIRST)
+        append_entry(client, shard, CLOSE)
+    taken: list[log.RawEntry] = []
+
+    def take() -> bool:
+        taken.extend(entry for shard in range(4) for entry in reader.take(shard, 10))
+        return {entry.shard for entry in taken} == set(range(4))
+
+    eventually(take)
+    assert {entry.run_id for entry in taken} == {"later"}
+    reader.stop()
+
+
+def test_the_pings_of_one_append_are_one_transaction(
+    client: redis.Redis, open_link: LinkOpener, logs: Settings
+) -> None:
+    """So that they are one fsync, not one a shard: the server's other clients wait for each."""
+    writer = LogWriter(open_link, logs)
+    before = client.info("commandstats").get("cmdstat_exec", {"calls": 0})["calls"]
+    assert len(writer.append_pings(pings(rows=5000))) == 4
+    assert client.info("commandstats")["cmdstat_exec"]["calls"] == before + 1
+    writer.close()
+
+
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_an_append_that_the_server_has_no_room_for_is_refused(
+    client: redis.Redis, open_link: LinkOpener, logs: Settings, is_cluster: bool
+) -> None:
+    def open_node() -> Link:
+        link = open_link()
+        link.is_cluster = is_cluster
+        return link
+
+    writer = LogWriter(open_node, logs)
+    before = str(client.config_get("maxmemory")["maxmemory"])
+    client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.ResponseError, match="maxmemory"):
+            writer.append_pings(pings(rows=5000))
+    finally:
+        client.config_set("maxmemory", before)
+    assert len(writer.append_pings(pings(rows=5000))) == 4
+    writer.close()
+
+
+def test_on_a_node_of_a_cluster_every_shard_is_appended_to_by_itself(
+    client: redis.Redis, open_link: LinkOpener, logs: Settings
+) -> None:
+    def open_node() -> Link:
+        link = open_link()
+        link.is_cluster = True
+        return link
+
+    writer = LogWriter(open_node, logs)
+    before = client.info("commandstats").get("cmdstat_exec", {"calls": 0})["calls"]
+    assert len(writer.append_pings(pings(rows=5000))) == 4
+    assert client.info("commandstats").get("cmdstat_exec", {"calls": 0})["calls"] == before
+    writer.close()
 
 
 def test_pings_written_by_one_side_are_read_by_the_other(

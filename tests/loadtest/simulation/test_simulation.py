@@ -35,7 +35,7 @@ def test_a_seed_is_a_run() -> None:
 
 FOUND_BY = {
     "trims-too-early": 0,
-    "final-before-done": 3,
+    "final-before-done": 5,
     "takes-any-checkpoint": 95,
     "without-checksums": 5,
     "without-sync": 9,
@@ -48,7 +48,7 @@ FOUND_BY = {
     "reads-another-run": 3,
     "ignores-trimmed": 152,
     "full-reader-is-blind": 0,
-    "plain-pipeline": 4,
+    "plain-pipeline": 3,
     "skips-refused-blocks": 3,
     "lost-replies-are-success": 5,
     "done-before-pushes": 0,
@@ -58,7 +58,7 @@ FOUND_BY = {
     "late-pings-move": 0,
     "edits-again": 12,
     "watches-nothing": 116,
-    "marks-before-copying": 11,
+    "marks-before-copying": 0,
     "copies-without-desk-id": 0,
 }
 """A seed that finds each mutation; `tuanyuan simulate --mutation NAME --seeds 400` tells others."""
