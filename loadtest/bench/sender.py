@@ -27,7 +27,7 @@ from geoindex.columns import PingBatch
 from geoindex.entries import Settings
 from loadtest.bench.traffic import OFFLINE_MS, Traffic
 
-SENDERS = 4
+SENDERS = 8
 """Connections that append at the same time, as several gateways do: one alone waits for the disk most of the time."""
 REPORT_S = 0.25
 POOL_PINGS_MAX = 20_000_000

@@ -41,7 +41,7 @@ class FlowProcess(Process):
             **options,
         )
         self.flow = LiveFlow(config, client, settings, clock=self.clock, disk=self.disk)
-        self._relay = Relay(client)
+        self._relay = Relay(client, is_cluster=world.seed % 2 == 1)
         source, sink = self.flow.source, self.flow.sink
         self._partitions = {shard: source.build_part("log", shard_key(shard), None) for shard in shards}
         self._sinks = {shard: sink.build_part("queues", shard_key(shard), None) for shard in shards}

@@ -156,10 +156,10 @@ def _ignores_runs_when_writing() -> list[Patch]:
 def _ignores_runs_when_reading() -> list[Patch]:
     opened_link = LogReader._opened_link
 
-    def opened(self: Any) -> Any:
-        if self._link is None:
+    def opened(self: Any, lane: Any) -> Any:
+        if lane.link is None:
             self._run_id = None  # as if it were the first
-        return opened_link(self)
+        return opened_link(self, lane)
 
     return [(LogReader, "_opened_link", opened)]
 
@@ -321,7 +321,10 @@ def _watches_nothing() -> list[Patch]:
 
 
 def _marks_before_copying() -> list[Patch]:
-    def copy_to(self: Any, shard: int) -> Any:
+    def copy_to(self: Any, shards: Any) -> Any:
+        return min(copy_to_one(self, shard) for shard in shards)
+
+    def copy_to_one(self: Any, shard: int) -> Any:
         while True:
             raw = self._client.get(relay_key(shard))
             copied = FIRST if raw is None else parse_id(raw)

@@ -197,7 +197,7 @@ class Officer(Process):
         self._oracle, self._map, self._partners = oracle, place, partners
         client = simulated_client(self.route)
         self.desk = Desk(client)
-        self._relay = Relay(client)
+        self._relay = Relay(client, is_cluster=world.seed % 2 == 1)
         self._published = 0
         self.closes_all = False
         """Every search has ended: nothing else is done any more."""

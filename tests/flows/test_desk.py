@@ -264,14 +264,14 @@ def test_relay_that_died_between_shards_is_completed_by_the_next(
     answer = alert_desk.publish(ALERT)
     copy_to = Relay._copy_to
 
-    def dies_at_shard_2(relay: Relay, shard: int) -> Any:
-        if shard == 2:
+    def dies_at_shard_2(relay: Relay, shards: list[int]) -> Any:
+        if shards == [2]:
             raise redis.ConnectionError("died")
-        return copy_to(relay, shard)
+        return copy_to(relay, shards)
 
     monkeypatch.setattr(Relay, "_copy_to", dies_at_shard_2)
     with pytest.raises(redis.ConnectionError):
-        Relay(client).copy_pending()
+        Relay(client, is_cluster=True).copy_pending()
     assert [len(events(client, log_key(shard))) for shard in range(4)] == [1, 1, 0, 0]
     assert not alert_desk.wait_copied(answer.desk_id, 0.0)
     monkeypatch.undo()
@@ -280,13 +280,14 @@ def test_relay_that_died_between_shards_is_completed_by_the_next(
     assert alert_desk.wait_copied(answer.desk_id, 0.0)
 
 
+@pytest.mark.parametrize("is_cluster", [False, True])
 def test_relays_that_run_at_once_leave_each_log_in_desk_order(
-    client: redis.Redis, alert_desk: Desk, logs: Settings
+    client: redis.Redis, alert_desk: Desk, logs: Settings, is_cluster: bool
 ) -> None:
     alert_desk.publish(ALERT)
     for number in range(20):
         alert_desk.update("a17", {"lat": float(number)})
-    at_once(4, lambda number: Relay(client).copy_pending())
+    at_once(4, lambda number: Relay(client, is_cluster=is_cluster).copy_pending())
     for shard in range(4):
         ids = [event.desk_id for event in events(client, log_key(shard))]
         assert ids == sorted(set(ids))
