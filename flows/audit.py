@@ -435,6 +435,8 @@ class OwedPushes:
         slot, row = slots[which], rows[position]
         asked = alerts.audience[slot, self._partner[row]] & ~self._is_told(slot, row)
         slot, row = slot[asked], row[asked]
+        if not len(slot):
+            return
         distance_km = _distance_km(alerts.lat[slot], alerts.lng[slot], self._lat[row], self._lng[row])
         inside = distance_km <= alerts.radius_km[slot]
         slot, row = slot[inside], row[inside]

@@ -21,7 +21,7 @@ import logging
 import mmap
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -159,6 +159,8 @@ class Checkpointer:
         self._metrics = metrics
         self._trims = trims
         self._clock = clock
+        self.prepare_room: Callable[[int], U8] = room
+        """Public for simulators, whose machines are too small to be worth preparing memory for."""
         self._changed = threading.Condition()
         now_s = clock.monotonic_s()
         shards = list(shards)
@@ -466,7 +468,7 @@ class Checkpointer:
             self._done_with(shard, self._soon_s())
             return
         try:
-            memory = room(round(seat.machine.snapshot_bytes * ROOM_SPARE) + (1 << 20))
+            memory = self.prepare_room(round(seat.machine.snapshot_bytes * ROOM_SPARE) + (1 << 20))
         except (OSError, MemoryError) as error:
             self._failed(shard, error)
             self._done_with(shard, self._interval_s)

@@ -19,6 +19,7 @@ allocated from a length that a payload merely claims. What is wrong with single 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeGuard, cast
 
 import msgpack
@@ -119,6 +120,10 @@ class PingColumns:
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
+def _pack(value: object) -> bytes:
+    return cast(bytes, msgpack.packb(value))
+
+
 def encode_entry(entry: LogEntry) -> tuple[bytes, bytes]:
     """One log entry -> its kind (the stream entry's field) and its payload (the field's value).
 
@@ -159,23 +164,18 @@ def encode_pings(batch: PingBatch) -> bytes:
         columns.append(batch.id_end)
     columns += [batch.partner, batch.id_bytes]
     total_bytes = sum(column.nbytes for column in columns)
-    head = (
-        b"\x86"
-        + _pack("v")
-        + _pack(FORMAT_VERSION)
-        + _pack("n")
-        + _pack(len(batch))
-        + _pack("width")
-        + _pack(width or None)
-        + _pack("at")
-        + _pack(batch.at_ms is not None)
-        + _pack("pad")
+    head = b"".join(
+        (_PINGS_HEAD, _pack(len(batch)), _WIDTH, _pack(width or None), _AT, _pack(batch.at_ms is not None), _PAD)
     )
-    tail = _pack("columns") + b"\xc6" + total_bytes.to_bytes(4, "big")
+    tail = _COLUMNS + b"\xc6" + total_bytes.to_bytes(4, "big")
     pad_bytes = -(len(head) + 2 + len(tail)) % 8
     return b"".join(
         [head, b"\xc4", bytes([pad_bytes]), bytes(pad_bytes), tail, *(_little_endian(column) for column in columns)]
     )
+
+
+_PINGS_HEAD = b"\x86" + _pack("v") + _pack(FORMAT_VERSION) + _pack("n")
+_WIDTH, _AT, _PAD, _COLUMNS = (_pack(name) for name in ("width", "at", "pad", "columns"))
 
 
 def encode_push(push: Push) -> bytes:
@@ -183,7 +183,7 @@ def encode_push(push: Push) -> bytes:
     head = (
         push_head(push.alert_id, push.revision, push.kind, push.ring_km)
         + _pack(push.at_ms)
-        + _pack("device_ids")
+        + _DEVICE_IDS
         + _array_header(len(push.id_end))
     )
     out = np.empty(len(head) + len(push.id_bytes) + 2 * len(push.id_end), np.uint8)
@@ -194,18 +194,12 @@ def encode_push(push: Push) -> bytes:
 
 def push_head(alert_id: str, revision: int, kind: str, ring_km: float) -> bytes:
     """The payload of a push up to the time: what pushes of one alert and moment have in common."""
-    return (
-        b"\x86"
-        + _pack("alert_id")
-        + _pack(alert_id)
-        + _pack("revision")
-        + _pack(revision)
-        + _pack("kind")
-        + _pack(kind)
-        + _pack("ring_km")
-        + _pack(float(ring_km))
-        + _pack("at")
-    )
+    revised = _REVISION + _pack(revision) + _KIND + _pack(kind)
+    return _PUSH_HEAD + _pack(alert_id) + revised + _RING_KM + _pack(float(ring_km)) + _AT
+
+
+_PUSH_HEAD = b"\x86" + _pack("alert_id")
+_REVISION, _KIND, _RING_KM, _DEVICE_IDS = (_pack(name) for name in ("revision", "kind", "ring_km", "device_ids"))
 
 
 def _settings_fields(settings: Settings) -> dict[str, object]:
@@ -240,10 +234,6 @@ def _revision_fields(entry: AlertRevision) -> dict[str, object]:
     }
 
 
-def _pack(value: object) -> bytes:
-    return cast(bytes, msgpack.packb(value))
-
-
 def _array_header(count: int) -> bytes:
     if count < 16:
         return bytes([0x90 | count])
@@ -267,6 +257,21 @@ def decode_entry(kind: bytes, payload: bytes) -> LogEntry | PingColumns:
     """
     if kind == PINGS:
         return decode_pings(payload)
+    if len(payload) <= _KEPT_BYTES_MAX:
+        return _decode_small(kind, payload)
+    return _decode_control(kind, payload)
+
+
+_KEPT_BYTES_MAX = 1024
+
+
+@lru_cache(maxsize=256)
+def _decode_small(kind: bytes, payload: bytes) -> LogEntry:
+    """An alert event comes once a shard, settings are read again and again; what comes of them cannot be changed."""
+    return _decode_control(kind, payload)
+
+
+def _decode_control(kind: bytes, payload: bytes) -> LogEntry:
     if kind == TICK:
         _version(_fields(payload, ALERT_BYTES_MAX, ("v",)))
         return Tick()
@@ -371,8 +376,7 @@ _PUSH_FIELDS = ("alert_id", "revision", "kind", "ring_km", "at", "device_ids")
 
 
 def _decode_settings(payload: bytes) -> Settings:
-    names = tuple(_settings_fields(Settings()))
-    fields = _fields(payload, SETTINGS_BYTES_MAX, names, value_count_max=PARTNER_COUNT_MAX + 1024)
+    fields = _fields(payload, SETTINGS_BYTES_MAX, _SETTINGS_FIELDS, value_count_max=PARTNER_COUNT_MAX + 1024)
     if fields["format_version"] != FORMAT_VERSION or isinstance(fields["format_version"], bool):
         raise MalformedEntry(f"format version must be {FORMAT_VERSION}, got {_brief(fields['format_version'])}")
     hash_name = fields["hash_name"]
@@ -395,6 +399,9 @@ def _decode_settings(payload: bytes) -> Settings:
         raise
     except ValueError as error:
         raise MalformedEntry(str(error)) from None
+
+
+_SETTINGS_FIELDS = tuple(_settings_fields(Settings()))
 
 
 def _decode_revision(event: str, payload: bytes) -> AlertRevision:
@@ -559,10 +566,16 @@ def _schedule(value: object) -> Schedule:
             raise MalformedEntry("schedule must be an array of [hours, km]")
     schedule = tuple((None if hours is None else float(hours), float(km)) for hours, km in value)
     try:
-        check_schedule(schedule, "entry")
+        _check_schedule(schedule)
     except ValueError as error:
         raise MalformedEntry(str(error).removeprefix("entry: ")) from None
     return schedule
+
+
+@lru_cache(maxsize=256)
+def _check_schedule(schedule: Schedule) -> None:
+    """Of floats alone. Few schedules are in use, and every shard's log has every alert."""
+    check_schedule(schedule, "entry")
 
 
 def _brief(value: object) -> str:

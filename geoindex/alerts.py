@@ -191,15 +191,21 @@ class AlertIndex:
     def _mark(self, cover: Cover, slot: int, covered: bool) -> None:
         columns = self.columns
         for kind, ranges in ((INSIDE, cover.inside), (EDGE, cover.edge)):
-            zones = int((ranges[:, 1].astype(np.int64) - ranges[:, 0]).sum())
-            needed = self._zone_rows_used + zones
-            if covered and needed > len(columns.zone_mask):
-                grown = np.zeros((max(needed, 2 * len(columns.zone_mask)), 2, self.words), np.uint64)
-                grown[: self._zone_rows_used] = columns.zone_mask[: self._zone_rows_used]
-                self.columns = columns = columns._replace(zone_mask=grown)
+            if covered:
+                zones = int((ranges[:, 1].astype(np.int64) - ranges[:, 0]).sum())
+                columns = self._make_zone_room(self._zone_rows_used + zones)
             self._zone_rows_used = kernels.mark_zones(
                 columns.zone_row, columns.zone_mask, ranges, kind, slot, covered, self._zone_rows_used
             )
+
+    def _make_zone_room(self, needed: int) -> AlertColumns:
+        """Columns with so many rows of `zone_mask`."""
+        columns = self.columns
+        if needed > len(columns.zone_mask):
+            grown = np.zeros((max(needed, 2 * len(columns.zone_mask)), 2, self.words), np.uint64)
+            grown[: self._zone_rows_used] = columns.zone_mask[: self._zone_rows_used]
+            self.columns = columns = columns._replace(zone_mask=grown)
+        return columns
 
     def _add_word(self) -> None:
         """Make bits for 64 more alerts."""

@@ -8,6 +8,8 @@ anybody from making two ids that do.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from geoindex.columns import U8, U16, U32, U64
@@ -19,8 +21,12 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 SECRET_COUNT = 16
 
 
+@lru_cache(maxsize=16)
 def hash_secrets(key: int) -> U64:
-    """The deployment's key (u64) -> sixteen secrets, u64[16], by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    """The deployment's key (u64) -> sixteen secrets, u64[16], by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+
+    The same array for the same key: to be read only.
+    """
     mask = (1 << 64) - 1
     secrets = np.empty(SECRET_COUNT, np.uint64)
     state = key & mask

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -131,6 +132,12 @@ def cover_circle(lat: float, lng: float, radius_km: float) -> Cover:
 
     Raises: ValueError for coordinates out of range or a radius not within (0, 1000] km.
     """
+    return _cover_circle(float(lat), float(lng), float(radius_km))
+
+
+@lru_cache(maxsize=64)
+def _cover_circle(lat: float, lng: float, radius_km: float) -> Cover:
+    """Kept, for every shard of a process draws the same circle. Whoever gets it must not write to it."""
     x, y, z = unit_vector(lat, lng)
     if not 0.0 < radius_km <= RING_KM_MAX:
         raise ValueError(f"radius_km: must be above 0 and at most {RING_KM_MAX:g}, got {radius_km}")

@@ -310,6 +310,8 @@ class ShardMachine:
 
     def _tell(self, opened: OpenAlert, kind: str, revision: int, rows: U32) -> Iterator[Push]:
         """Pushes to `rows`, of one kind and one moment: by partner, in row order, so many ids at a time."""
+        if not len(rows):
+            return
         partners = self._devices.partners_of(rows)
         for partner in np.unique(partners):
             of_partner = rows[partners == partner]

@@ -100,10 +100,10 @@ class SimulatedConnection:
     # --- commands and replies -----------------------------------------------------------------------------------------
 
     def pack_commands(self, commands: Iterable[Sequence[Any]]) -> list[list[bytes]]:
-        return [[_raw(word) for word in _split(command)] for command in commands]
+        return [_words(command) for command in commands]
 
     def send_command(self, *words: Any, **_: Any) -> None:
-        self._send([[_raw(word) for word in _split(words)]])
+        self._send([_words(words)])
 
     def send_packed_command(self, packed: list[Any], check_health: bool = True) -> None:
         if packed and isinstance(packed[0], bytes):
@@ -185,10 +185,24 @@ class _Pool(redis.ConnectionPool):
             self._available_connections.append(connection)
 
 
+class _Pipeline(redis.client.Pipeline):
+    """The real one, but for what it would still send when it is garbage: nobody knows when that is collected, so a
+    seed would not always be the same run.
+    """
+
+    def __del__(self) -> None:
+        pass
+
+
+class _Client(redis.Redis):
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> redis.client.Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
 def simulated_client(route: Route) -> redis.Redis:
     """The real client library over a route."""
     pool = _Pool(connection_class=cast(Any, SimulatedConnection), route=route, protocol=2)
-    return redis.Redis(connection_pool=pool)
+    return _Client(connection_pool=pool)
 
 
 def simulated_links(client: redis.Redis, clock: SimulatedClock) -> LinkOpener:
@@ -196,15 +210,12 @@ def simulated_links(client: redis.Redis, clock: SimulatedClock) -> LinkOpener:
     return link_opener(client, clock=clock)
 
 
-def _split(words: Sequence[Any]) -> list[Any]:
-    """`XGROUP CREATE` is two words for the server."""
-    first = words[0]
-    return [*first.split(), *words[1:]] if isinstance(first, str) and " " in first else list(words)
+def _words(command: Sequence[Any]) -> list[bytes]:
+    """A command as the server gets it: `XGROUP CREATE` is two words there."""
+    first = command[0]
+    words = [*first.split(), *command[1:]] if isinstance(first, str) and " " in first else command
+    return [word if type(word) is bytes else _raw(word) for word in words]
 
 
 def _raw(word: Any) -> bytes:
-    if isinstance(word, bytes):
-        return word
-    if isinstance(word, str):
-        return word.encode()
-    return repr(word).encode() if isinstance(word, float) else str(word).encode()
+    return word if isinstance(word, bytes) else str(word).encode()

@@ -316,13 +316,8 @@ class Oracle(Observer):
 
     def _check_machine(self, shard: int, living: ShardMachine, fresh: ShardMachine) -> None:
         """A machine that was copied, stored and started again is bit for bit what it would have been."""
-        differing = [
-            name
-            for name, one, other in (
-                (name, getattr(living.state(), name), getattr(fresh.state(), name)) for name in _STATE_FIELDS
-            )
-            if one != other
-        ]
+        state, fresh_state = living.state(), fresh.state()
+        differing = [name for name in _STATE_FIELDS if getattr(state, name) != getattr(fresh_state, name)]
         fresh_columns = fresh.columns()
         for name, column in living.columns().items():
             if column.tobytes() != fresh_columns[name].tobytes():

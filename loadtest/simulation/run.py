@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -118,6 +119,7 @@ class Scene:
         self._zombies: list[FlowProcess] = []
         self._start_at_ms: list[int] = []
         self._lay_out(1)
+        self._means = self._listed_means()
         place = Map(rng)
         self.sender = Sender(world, self.oracle, self.settings, place)
         self.officers = [Officer(world, self.oracle, name, place, PARTNERS) for name in ("a", "b")]
@@ -158,13 +160,20 @@ class Scene:
 
     def disturb(self) -> None:
         """Faults that are due this turn."""
-        world, rng = self.world, self.world.rng
-        rates = world.rates
-        # A tail that ends just before a checkpoint is the one that hurts.
-        lost_tail = rates.lost_tail * (8 if world.now_ms - self.oracle.last_final_ms < 1000 else 1)
-        for chance, name, act in (
+        world, random = self.world, self.world.rng.random
+        for chance, name, act in self._means:
+            if name == "lost_tails" and world.now_ms - self.oracle.last_final_ms < 1000:
+                chance *= 8  # a tail that ends just before a checkpoint is the one that hurts
+            if random() < chance and act() is not False:
+                world.faults[name] += 1
+                world.note(f"adversary: {name}")
+
+    def _listed_means(self) -> list[tuple[float, str, Callable[[], bool | None]]]:
+        """How often each is used, a turn; what it is called in the accounts."""
+        rates = self.world.rates
+        return [
             (rates.server_restart, "server_restarts", lambda: self._restart_server(0)),
-            (lost_tail, "lost_tails", lambda: self._restart_server(rng.choice((50, 300, 1000)))),
+            (rates.lost_tail, "lost_tails", lambda: self._restart_server(self.world.rng.choice((50, 300, 1000)))),
             (rates.power_failure, "power_failures", self._fail_power),
             (rates.out_of_memory, "out_of_memory", self._fill_memory),
             (rates.partition, "partitions", self._cut_off),
@@ -175,10 +184,7 @@ class Scene:
             (rates.clean_stop, "clean_stops", self._stop_one),
             (rates.bit_rot, "bits_rotten", self._rot),
             (rates.time_jump, "time_jumps", self._jump_time),
-        ):
-            if rng.random() < chance and act() is not False:
-                world.faults[name] += 1
-                world.note(f"adversary: {name}")
+        ]
 
     def _restart_server(self, lost_ms: int) -> None:
         world, rng = self.world, self.world.rng
@@ -403,10 +409,12 @@ def run_seeds(
                 if take(run_seed(seed)):
                     break
     else:
-        # A fresh large array is then lazily zeroed memory of its own: a machine has one of 8 MB, and uses little of it.
+        # A fresh large array is then lazily zeroed memory of its own: a machine has one of 8 MB, and uses little of it;
+        # so no huge pages either, of which each would be zeroed whole.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
+        os.environ.setdefault("NUMPY_MADVISE_HUGEPAGE", "0")
         with multiprocessing.get_context("spawn").Pool(jobs, _begin_worker, (mutation,)) as pool:
-            for result in pool.imap_unordered(run_seed, seeds, chunksize=4):
+            for result in pool.imap_unordered(run_seed, seeds, chunksize=2):
                 if take(result):
                     break
     totals.seconds = time.monotonic() - started_s
@@ -417,7 +425,13 @@ _FOR_GOOD = ExitStack()
 """A worker's mutation lasts as long as the worker."""
 
 
+_COLLECT_AFTER = 5000
+"""New objects between two collections of garbage. At Python's 700 a tenth of the time went into them."""
+
+
 def _begin_worker(mutation: str | None) -> None:
     logging.disable(logging.CRITICAL)
+    gc.freeze()  # what was imported is never garbage, and need not be gone through
+    gc.set_threshold(_COLLECT_AFTER)
     if mutation is not None:
         _FOR_GOOD.enter_context(mutated(mutation))

@@ -338,7 +338,7 @@ class SimulatedServer:
 
     def _xadd(self, words: list[bytes]) -> Reply:
         key, *rest = words
-        stream = cast("Stream | None", self._typed(key, Stream))
+        stream: Stream | None = self._typed(key, Stream)
         makes_stream = rest[0].upper() != b"NOMKSTREAM"
         if not makes_stream:
             rest = rest[1:]
@@ -386,7 +386,7 @@ class SimulatedServer:
         return len(self._typed(words[0], Stream) or ())
 
     def _xinfo(self, words: list[bytes]) -> Reply:
-        stream = cast("Stream | None", self._typed(words[1], Stream))
+        stream: Stream | None = self._typed(words[1], Stream)
         if stream is None:
             raise error("ERR no such key")
         first = stream.entries(stream.first, stream.first + 1)[0] if len(stream) else None
@@ -401,7 +401,7 @@ class SimulatedServer:
         ]
 
     def _xrange(self, words: list[bytes], reverse: bool = False) -> Reply:
-        stream = cast("Stream | None", self._typed(words[0], Stream))
+        stream: Stream | None = self._typed(words[0], Stream)
         low, high = (words[2], words[1]) if reverse else (words[1], words[2])
         start, is_after = _bound(low, (0, 0))
         stop, is_before = _bound(high, (SEQ_LAST, SEQ_LAST))
@@ -422,7 +422,7 @@ class SimulatedServer:
         count = int(options.get(b"COUNT", b"0")) or SEQ_LAST
         found: list[list[Any]] = []
         for key, raw in zip(keys, ids, strict=True):
-            stream = cast("Stream | None", self._typed(key, Stream))
+            stream: Stream | None = self._typed(key, Stream)
             if stream is None or raw == b"$":
                 continue  # nothing can come while a command runs
             start = bisect_right(stream.ids, _parse(raw), stream.first)
@@ -432,7 +432,7 @@ class SimulatedServer:
 
     def _xtrim(self, words: list[bytes]) -> Reply:
         key, strategy, *rest = words
-        stream = cast("Stream | None", self._typed(key, Stream))
+        stream: Stream | None = self._typed(key, Stream)
         threshold = rest[1] if rest[0] in (b"=", b"~") else rest[0]
         if stream is None:
             return 0
@@ -454,21 +454,25 @@ class SimulatedServer:
 
     # --- consumer groups --------------------------------------------------------------------------------------------
 
-    def _group(self, key: bytes, group: bytes, why: str) -> tuple[Stream, _Group]:
-        stream = cast("Stream | None", self._typed(key, Stream))
-        if stream is None or group not in stream.groups:
-            raise error(f"NOGROUP No such key '{key.decode()}' or consumer group '{group.decode()}'{why}")
-        before = stream.groups[group].copy()
+    def _group(self, key: bytes, name: bytes, why: str = "") -> tuple[Stream, _Group]:
+        stream: Stream | None = self._typed(key, Stream)
+        group = None if stream is None else stream.groups.get(name)
+        if stream is None or group is None:
+            raise error(f"NOGROUP No such key '{key.decode()}' or consumer group '{name.decode()}'{why}")
+        return stream, group
+
+    def _will_change(self, stream: Stream, name: bytes) -> None:
+        """A group is about to change."""
+        before = stream.groups[name].copy()
 
         def undo() -> None:
-            stream.groups[group] = before
+            stream.groups[name] = before
 
         self._undo.append(undo)
-        return stream, stream.groups[group]
 
     def _xgroup(self, words: list[bytes]) -> Reply:
         _, key, group, start, *options = words
-        stream = cast("Stream | None", self._typed(key, Stream))
+        stream: Stream | None = self._typed(key, Stream)
         if stream is None:
             if not options:
                 raise error(_NO_STREAM_FOR_GROUP)
@@ -492,12 +496,13 @@ class SimulatedServer:
         for key in keys:
             self._group(key, group_name, " in XREADGROUP with GROUP option")
         for key, raw in zip(keys, ids, strict=True):
-            stream, group = self._group(key, group_name, "")
+            stream, group = self._group(key, group_name)
             if raw == b">":
                 start = bisect_right(stream.ids, group.last_delivered, stream.first)
                 stop = min(len(stream.ids), start + count)
                 if start == stop:
                     continue
+                self._will_change(stream, group_name)
                 for entry_id in stream.ids[start:stop]:
                     group.pending[entry_id] = _Pending(consumer, self.clock_ms, 1)
                 group.last_delivered = stream.ids[stop - 1]
@@ -505,6 +510,8 @@ class SimulatedServer:
                 continue
             after = _parse(raw)
             entries: list[list[Any]] = []
+            if group.pending:
+                self._will_change(stream, group_name)
             for entry_id in sorted(group.pending):
                 pending = group.pending[entry_id]
                 if entry_id <= after or pending.consumer != consumer or len(entries) == count:
@@ -518,16 +525,19 @@ class SimulatedServer:
 
     def _xack(self, words: list[bytes]) -> Reply:
         key, group_name, *ids = words
-        stream = cast("Stream | None", self._typed(key, Stream))
+        stream: Stream | None = self._typed(key, Stream)
         if stream is None or group_name not in stream.groups:
             return 0
-        _, group = self._group(key, group_name, "")
+        _, group = self._group(key, group_name)
+        self._will_change(stream, group_name)
         return sum(group.pending.pop(_parse(raw), None) is not None for raw in ids)
 
     def _xpending(self, words: list[bytes]) -> Reply:
         """With a range, as this program asks."""
         key, group_name, *rest = words
-        _, group = self._group(key, group_name, "")
+        _, group = self._group(key, group_name)
+        if not group.pending:
+            return []
         idle_min = int(rest[1]) if rest[0].upper() == b"IDLE" else 0
         start, stop, count, *owner = rest[2:] if rest[0].upper() == b"IDLE" else rest
         (first, without), (last, _) = _bound(start, (0, 0)), _bound(stop, (SEQ_LAST, SEQ_LAST))
@@ -545,7 +555,8 @@ class SimulatedServer:
 
     def _xclaim(self, words: list[bytes]) -> Reply:
         key, group_name, consumer, idle_min, *rest = words
-        stream, group = self._group(key, group_name, "")
+        stream, group = self._group(key, group_name)
+        self._will_change(stream, group_name)
         ids = [word for word in rest if b"-" in word]
         options = [word.upper() for word in rest[len(ids) :]]
         idle_ms = int(options[options.index(b"IDLE") + 1]) if b"IDLE" in options else 0
@@ -567,7 +578,8 @@ class SimulatedServer:
 
     def _xautoclaim(self, words: list[bytes]) -> Reply:
         key, group_name, consumer, idle_min, start, *rest = words
-        stream, group = self._group(key, group_name, "")
+        stream, group = self._group(key, group_name)
+        self._will_change(stream, group_name)
         options = [word.upper() for word in rest]
         count = int(options[options.index(b"COUNT") + 1]) if b"COUNT" in options else 100
         attempts = 10 * count

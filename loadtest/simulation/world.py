@@ -111,8 +111,10 @@ class ProcessRoute(Route):
         self._process = process
 
     def _is_cut(self) -> bool:
-        process, world = self._process, self._process.world
-        return process.is_dead or max(process.cut_off_until_ms, world.server_down_until_ms) > world.now_ms
+        process = self._process
+        world = process.world
+        now_ms = world.now_ms
+        return process.is_dead or process.cut_off_until_ms > now_ms or world.server_down_until_ms > now_ms
 
     def reach(self) -> None:
         if self._is_cut():
@@ -133,7 +135,8 @@ class ProcessRoute(Route):
         return Break(executed, replies, world.rng.random() < 0.3)
 
     def interlude(self, moment: str) -> None:
-        self._process.interlude(moment)
+        process = self._process
+        process.world.interlude(process, moment)
 
 
 @dataclass(slots=True)
@@ -229,7 +232,8 @@ class World:
 
     def run_some(self) -> None:
         """The turn of some actor."""
-        awake = [actor for actor in self.actors if actor.process.paused_until_ms <= self.now_ms]
+        now_ms = self.now_ms
+        awake = [actor for actor in self.actors if actor.process.paused_until_ms <= now_ms]
         if awake:
             (actor,) = self.rng.choices(awake, [actor.weight for actor in awake])
             self.run(actor)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -12,7 +13,7 @@ import redis
 from flows.log import parse_id
 from flows.queues import RAISE_DONE
 from flows.server import EmbeddedServer, Link, connect, packed
-from loadtest.simulation.connection import Route, simulated_client
+from loadtest.simulation.connection import Break, Route, simulated_client
 from loadtest.simulation.server import SimulatedServer, Stream
 
 STREAMS = ("s1", "s2", "s3")
@@ -223,3 +224,41 @@ def test_a_broken_connection_is_opened_anew_by_the_client_and_never_by_a_link() 
         link.ask("GET", "v")
     with pytest.raises(redis.ConnectionError):
         link.ask("GET", "v")
+
+
+class FailingRoute(Route):
+    """Breaks every exchange while `breaks`; counts them all."""
+
+    breaks = False
+    exchanges = 0
+
+    def fate(self, command_count: int) -> Break | None:
+        self.exchanges += 1
+        return Break(command_count, 0, timeout=True) if self.breaks else None
+
+
+def test_what_is_garbage_sends_nothing_so_that_a_seed_is_a_run() -> None:
+    route = FailingRoute(SimulatedServer(1000))
+    client = simulated_client(route)
+    pipeline = client.pipeline(transaction=True)
+    cast(Any, pipeline).watch("v")
+    route.breaks = True
+    with pytest.raises(redis.TimeoutError):
+        pipeline.reset()  # UNWATCH has no answer in time; the pipeline still means to send it
+    route.breaks = False
+    exchanges = route.exchanges
+    del pipeline
+    gc.collect()
+    assert route.exchanges == exchanges == 2
+
+
+def test_what_a_group_is_asked_is_no_write() -> None:
+    server = SimulatedServer(1000)
+    client = simulated_client(Route(server))
+    client.xadd("s", {"a": "1"}, id="1-1")
+    client.xgroup_create("s", "g", id="$")
+    server.keep()
+    server.now_ms += 500
+    assert client.xpending_range("s", "g", "-", "+", 10) == []
+    assert client.xreadgroup("g", "c", {"s": ">"}) == []
+    assert server.restart(lost_ms=400) == 0
