@@ -50,7 +50,7 @@ _S = TypeVar("_S")
 
 @dataclass(slots=True)
 class Gateway:
-    """One gateway process. `client` is for short commands, thread-safe; who blocks opens a link or client of its own."""
+    """One gateway process. `client`: short commands, thread-safe; whoever blocks opens a link or client of its own."""
 
     config: GatewayConfig
     client: redis.Redis
