@@ -133,6 +133,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         gateway.ready = False
+        gateway.stopping.set()
         for service in reversed(gateway.services):
             try:
                 await anyio.to_thread.run_sync(service.stop)

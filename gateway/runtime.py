@@ -66,6 +66,8 @@ class Gateway:
     services: list[Any] = field(default_factory=list)
     ready: bool = False
     """Every feature has started: its threads run, its kernels are loaded."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """No more requests are taken; whoever holds one back (a long poll) answers it now."""
     _settings: tuple[float, Settings] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
