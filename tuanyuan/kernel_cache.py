@@ -66,7 +66,7 @@ def _digest() -> str:
     top = Path(__file__).resolve().parent.parent
     # Numba keeps kernels by the path of their source, too: another checkout has to compile its own.
     digest = hashlib.sha256(f"{sys.version}\0{top}".encode())
-    for package in ("geoindex", "flows", "gateway", "loadtest"):
+    for package in ("geoindex", "flows", "loadtest"):
         for source in sorted((top / package).glob("*.py")):
             text = source.read_bytes()
             if b"kernel" in text:
