@@ -10,7 +10,7 @@ import pytest
 
 from gateway.datum import Datum, pings_in_wgs84, to_wgs84
 from geoindex.columns import E7, F64, I32, LNG_E7_MAX
-from tests.gateway import datum_reference as reference
+from loadtest import datums as reference
 from tests.geoindex.machines import batch_of
 from tests.reference.events import PingEvent
 

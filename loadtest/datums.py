@@ -1,16 +1,20 @@
-"""GCJ-02 and BD-09 as they are published, term by term, in the direction in which they are published."""
+"""What an app in another datum reports for a place: GCJ-02 and BD-09 term by term, in the direction that is published.
+
+Nothing here is shared with `gateway.datum`, which goes the other way: each is checked by the other.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from geoindex.columns import F64
+from geoindex.columns import F64, Bool
 
 A, EE = 6378245.0, 0.00669342162296594323
 LAT_MIN, LAT_MAX, LNG_MIN, LNG_MAX = 0.8293, 55.8271, 72.004, 137.8347
 
 
-def outside(lat: F64, lng: F64) -> np.ndarray:
+def outside(lat: F64, lng: F64) -> Bool:
+    """Whether a WGS-84 point, in degrees, is outside the formula's rectangle."""
     return (lng < LNG_MIN) | (lng > LNG_MAX) | (lat < LAT_MIN) | (lat > LAT_MAX)
 
 
