@@ -1,11 +1,12 @@
 """Pings of many requests -> a few large appends, each request answered when its own pings are on disk.
 
     request ── hold ──> body ── read ──> submit ─┐
-    request ── hold ──> body ── read ──> submit ─┼─ waiting ── one thread: all that waits, as one ──> LogWriter
-    request ── hold ──> body ── read ──> submit ─┘                one append in flight; acknowledged: all answered
+    request ── hold ──> body ── read ──> submit ─┼─ waiting ── a writer takes all that waits, as one ──> LogWriter
+    request ── hold ──> body ── read ──> submit ─┘               acknowledged: all of them are answered
 
-Every append costs an fsync, so requests that arrive while one is in flight share the next one, whoever they are from.
-The longer an append takes, the more of them it serves: nothing has to be tuned.
+Every append costs an fsync, so requests that arrive while the writers are busy share the next one, whoever they are
+from. The longer an append takes, the more of them it serves: nothing has to be tuned. There are two writers, each with
+a link of its own, so that one round is sorted by shard and encoded while the server is busy with the other.
 
 Nothing is answered before it is acknowledged, which under `appendfsync always` means: is on disk. If an append fails,
 every request of that round is told to come again; some of its pings may be in the logs already, and a ping that comes
@@ -38,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 HELD_BYTES_MAX = 256 << 20
 """Bodies that are being received, and pings that wait, over all requests."""
-ROUND_PINGS_MAX = 262_144
-"""Of one append: two full entries for each of eight shards. What is more waits for the next one."""
+ROUND_PINGS_MAX = 131_072
+"""Of one append: a full entry for each of eight shards. What is more waits for the next one."""
+WRITERS = 2
 READERS = 2
 """Bodies taken apart at the same time: more would share one interpreter, and each needs some memory."""
 STOP_TIMEOUT_S = 30.0
@@ -63,10 +65,10 @@ class Intake:
         metrics: Metrics = METRICS,
         clock: Clock = CLOCK,
         held_bytes_max: int = HELD_BYTES_MAX,
+        writer_count: int = WRITERS,
     ) -> None:
         self._guards = guards
         self._watch = watch
-        self._writer: LogWriter | None = None
         self._metrics = metrics
         self._clock = clock
         self._held_bytes_max = held_bytes_max
@@ -75,24 +77,26 @@ class Intake:
         self._changed = threading.Condition()
         self._stopping = False
         self._failures_in_a_row = 0
-        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"intake-{number}", daemon=True) for number in range(writer_count)
+        ]
         self.readers = anyio.CapacityLimiter(READERS)
         """For whoever takes a body apart."""
 
     def start(self) -> None:
-        """Start the watch and the appending thread."""
+        """Start the watch and the writers."""
         self._watch.start()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Append what waits, and end. What is submitted later is refused."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(STOP_TIMEOUT_S)
-        if self._writer is not None:
-            self._writer.close()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(STOP_TIMEOUT_S)
         self._watch.stop()
 
     def check(self) -> Settings:
@@ -134,18 +138,32 @@ class Intake:
             self._held_bytes -= fewer_bytes
             self._metrics.gauge("intake_held_bytes", self._held_bytes)
 
-    # --- the thread -------------------------------------------------------------------------------------------------
+    # --- a writer's thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._waiting and not self._stopping:
-                    self._changed.wait()
-                batches, futures = self._next_round()
-                self._metrics.gauge("intake_waiting_requests", len(self._waiting))
-            if not batches:
-                return
-            self._append(batches, futures)
+        writer: LogWriter | None = None
+        try:
+            while True:
+                with self._changed:
+                    while not self._waiting and not self._stopping:
+                        self._changed.wait()
+                    batches, futures = self._next_round()
+                    self._metrics.gauge("intake_waiting_requests", len(self._waiting))
+                if not batches:
+                    return
+                started_s = self._clock.monotonic_s()
+                try:
+                    if writer is None:
+                        writer = LogWriter(self._guards.open_link, self._watch.check(), self._guards.check_pings)
+                    merged = merge(batches)
+                    writer.append_pings(merged)
+                except Exception as error:  # whoever waits is answered, whatever it is
+                    self._failed(futures, error)
+                else:
+                    self._done(futures, len(merged), 1000 * (self._clock.monotonic_s() - started_s))
+        finally:
+            if writer is not None:
+                writer.close()
 
     def _next_round(self) -> tuple[list[PingBatch], list[Future[None]]]:
         batches: list[PingBatch] = []
@@ -158,34 +176,25 @@ class Intake:
             ping_count += len(pings)
         return batches, futures
 
-    def _append(self, batches: list[PingBatch], futures: list[Future[None]]) -> None:
-        started_s = self._clock.monotonic_s()
-        try:
-            if self._writer is None:
-                self._writer = LogWriter(self._guards.open_link, self._watch.check(), self._guards.check_pings)
-            merged = merge(batches)
-            self._writer.append_pings(merged)
-        except (redis.RedisError, ServerRefused, AppendsRefused) as error:
+    def _done(self, futures: list[Future[None]], ping_count: int, duration_ms: float) -> None:
+        self._failures_in_a_row = 0
+        self._metrics.count("intake_rounds_total")
+        self._metrics.count("intake_pings_total", ping_count)
+        self._metrics.observe("intake_append_ms", duration_ms)
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
+
+    def _failed(self, futures: list[Future[None]], error: Exception) -> None:
+        self._metrics.count("intake_rounds_failed_total")
+        if not isinstance(error, redis.RedisError | ServerRefused | AppendsRefused):
+            logger.error("pings of %d requests were not appended", len(futures), exc_info=error)
+        else:
             self._failures_in_a_row += 1
             if worth_a_line(self._failures_in_a_row):
                 logger.warning(
                     "pings of %d requests were not appended (try %d): %s", len(futures), self._failures_in_a_row, error
                 )
-            self._fail(futures, error)
-        except Exception as error:  # whoever waits is answered, whatever it is, and the next round has its own chance
-            logger.exception("pings of %d requests were not appended", len(futures))
-            self._fail(futures, error)
-        else:
-            self._failures_in_a_row = 0
-            self._metrics.count("intake_rounds_total")
-            self._metrics.count("intake_pings_total", len(merged))
-            self._metrics.observe("intake_append_ms", 1000 * (self._clock.monotonic_s() - started_s))
-            for future in futures:
-                if future.set_running_or_notify_cancel():
-                    future.set_result(None)
-
-    def _fail(self, futures: list[Future[None]], error: Exception) -> None:
-        self._metrics.count("intake_rounds_failed_total")
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)

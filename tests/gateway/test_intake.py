@@ -85,7 +85,7 @@ def intake(client: redis.Redis, metrics: Metrics) -> Iterator[Intake]:
     ensure_settings(client, SETTINGS)
     with_guards = Guards(client, metrics=metrics)
     with_guards.start()
-    found = Intake(with_guards, FlowWatch(client, 0, metrics), metrics)
+    found = Intake(with_guards, FlowWatch(client, 0, metrics), metrics, writer_count=1)
     found.start()
     yield found
     found.stop()
