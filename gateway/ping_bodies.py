@@ -287,7 +287,7 @@ def _times(times: list[int | float | str]) -> tuple[I64, U8 | None]:
         except OverflowError:
             pass  # which one it was is found below
         else:
-            wrong = np.abs(times_ms) > TIME_MS_MAX
+            wrong = (times_ms > TIME_MS_MAX) | (times_ms < -TIME_MS_MAX)
             return times_ms, np.where(wrong, np.uint8(OBSERVED_AT), np.uint8(0)) if wrong.any() else None
     times_ms = np.zeros(len(times), np.int64)
     verdict = np.zeros(len(times), np.uint8)
