@@ -43,7 +43,7 @@ local replayed = nil
 
 local function replayed_letters()
   local letters = {}
-  local pending = redis.pcall('XPENDING', dead, group, '-', '+', 10000)
+  local pending = redis.pcall('XPENDING', dead, group, '-', '+', 1000)
   if pending.err then return letters end
   for _, one in ipairs(pending) do
     local found = redis.call('XRANGE', dead, one[1], one[1])
@@ -51,14 +51,15 @@ local function replayed_letters()
       local fields = found[1][2]
       local letter = {}
       for at = 1, #fields, 2 do letter[fields[at]] = fields[at + 1] end
-      letters[letter['id']] = {one[1], cmsgpack.unpack(letter['entry'])}
+      letters[letter['id']] = {one[1], letter['entry']}
     end
   end
   return letters
 end
 
 local function count(payload)
-  local push = cmsgpack.unpack(payload)
+  local decoded, push = pcall(cmsgpack.unpack, payload)
+  if not decoded or type(push) ~= 'table' then return end
   local name = cmsgpack.pack({push['alert_id'], partner, push['kind'], 'acknowledged'})
   redis.call('HINCRBY', handed, name, #push['device_ids'])
 end
@@ -76,7 +77,7 @@ for index = 3, #ARGV do
     if letter then
       acknowledged = redis.call('XACK', dead, group, letter[1])
       redis.call('XDEL', dead, letter[1])
-      count(letter[2][1][2])
+      count(cmsgpack.unpack(letter[2])[1][2])
       replayed[id] = nil
     end
   end
