@@ -57,6 +57,13 @@ local function replayed_letters()
   return letters
 end
 
+-- msgpack binary at a position, and what follows it: the decoder here knows texts only.
+local function binary(packed, at)
+  local width, size = 2 ^ (packed:byte(at) - 0xc4), 0
+  for index = at + 1, at + width do size = size * 256 + packed:byte(index) end
+  return packed:sub(at + width + 1, at + width + size), at + width + size + 1
+end
+
 local function count(payload)
   local decoded, push = pcall(cmsgpack.unpack, payload)
   if not decoded or type(push) ~= 'table' then return end
@@ -77,7 +84,8 @@ for index = 3, #ARGV do
     if letter then
       acknowledged = redis.call('XACK', dead, group, letter[1])
       redis.call('XDEL', dead, letter[1])
-      count(cmsgpack.unpack(letter[2])[1][2])
+      local _, at = binary(letter[2], 3)  -- one pair in one array: a field's name and its value
+      count((binary(letter[2], at)))
       replayed[id] = nil
     end
   end
