@@ -127,7 +127,9 @@ def test_public_urls_are_taken(url: str) -> None:
     check_url(url)
 
 
-@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:127.0.0.1"], ["64:ff9b::a00:1"]])
+@pytest.mark.parametrize(
+    "addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:127.0.0.1"], ["64:ff9b::a00:1"]]
+)
 def test_name_with_an_address_inside_is_not_connected_to(addresses: list[str]) -> None:
     answer = posted("https://partner.test/", private_allowed=False, resolve=resolving(*addresses))
     assert answer == Answer(Outcome.UNREACHABLE, None, "the webhook's name must resolve to public addresses only")
@@ -299,9 +301,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     certificate, private = folder / "certificate.pem", folder / "key.pem"
     certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return certificate, private
 

@@ -298,9 +298,10 @@ def test_receiver_that_was_down_gets_everything_in_order_once_it_is_up(
     with delivering(gateway, portal):
 
         def down_for_long() -> bool:
-            return gateway.metrics.value(
-                "webhook_deliveries_total", partner="amap", kind="test", outcome="unreachable"
-            ) >= 2 * TRIES_MAX
+            return (
+                gateway.metrics.value("webhook_deliveries_total", partner="amap", kind="test", outcome="unreachable")
+                >= 2 * TRIES_MAX
+            )
 
         eventually(down_for_long, PATIENCE_S)
         with receiving(receiver):
