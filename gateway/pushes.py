@@ -316,7 +316,7 @@ router = APIRouter(prefix="/v1/pushes", tags=["pushes"])
     response_model=PushesOut,
     responses={
         200: {"content": {MSGPACK: {"schema": {"$ref": "#/components/schemas/PushesOut"}}}},
-        **responses(401, 403, 409, 422, 429, 503),
+        **responses(400, 401, 403, 409, 422, 429, 503),
     },
 )
 async def take_pushes(
@@ -383,7 +383,7 @@ async def _gone(request: Request) -> None:
 @router.post(
     "/ack",
     summary="Acknowledge pushes that have been dealt with",
-    responses=responses(401, 403, 422, 429, 503),
+    responses=responses(400, 401, 403, 413, 422, 429, 503),
 )
 def acknowledge_pushes(request: Request, caller: PartnerDep, body: AckIn) -> AckOut:
     """Takes these entries off. May be repeated: an id that was acknowledged before is then `unknown`.

@@ -386,7 +386,7 @@ async def put_webhook(request: Request, caller: PartnerDep, body: WebhookIn) -> 
     return _webhook_out(gateway, webhook, made, test)
 
 
-@router.get("/v1/webhook", summary="The webhook as it stands", responses=responses(401, 403, 404, 429, 503))
+@router.get("/v1/webhook", summary="The webhook as it stands", responses=responses(400, 401, 403, 404, 429, 503))
 def get_webhook(request: Request, caller: PartnerDep) -> WebhookOut:
     """Without its secret."""
     gateway = gateway_of(request)
@@ -398,7 +398,7 @@ def get_webhook(request: Request, caller: PartnerDep) -> WebhookOut:
     summary="Have pushes sent nowhere",
     status_code=204,
     response_class=Response,
-    responses=responses(401, 403, 404, 409, 429, 503),
+    responses=responses(400, 401, 403, 404, 409, 429, 503),
 )
 async def delete_webhook(request: Request, caller: PartnerDep) -> Response:
     """Requests on their way are finished. What was not accepted stays in the queue, for polls or another webhook."""
@@ -411,7 +411,7 @@ async def delete_webhook(request: Request, caller: PartnerDep) -> Response:
 @router.post(
     "/v1/webhook/test",
     summary="Send a test event to the webhook",
-    responses=responses(401, 403, 404, 409, 422, 429, 503),
+    responses=responses(400, 401, 403, 404, 409, 422, 429, 503),
 )
 async def test_webhook(request: Request, caller: PartnerDep) -> WebhookOut:
     """Accepted, it makes the webhook active, also one that was disabled. Not accepted, it changes nothing."""
@@ -493,7 +493,7 @@ def _webhook_out(
 # --- endpoints: dead letters ------------------------------------------------------------------------------------------
 
 
-@router.get("/v1/dead-letters", summary="Pushes that were given up", responses=responses(401, 403, 422, 429, 503))
+@router.get("/v1/dead-letters", summary="Pushes that were given up", responses=responses(400, 401, 403, 422, 429, 503))
 def list_dead_letters(
     request: Request,
     caller: PartnerDep,
