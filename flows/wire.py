@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from flows import wire_kernels as kernels
 from flows.alert_json import REVISION_MAX, check_alert, check_alert_id, check_outcome, check_partner_name
+from flows.ping_payload import ping_payload
 from geoindex.columns import I32, I64, ID_BYTES_MAX, PARTNER_COUNT_MAX, U8, U16, U32, PingBatch, Push
 from geoindex.entries import (
     FORMAT_VERSION,
@@ -156,26 +157,7 @@ def encode_pings(batch: PingBatch) -> bytes:
     width = int(kernels.common_width(batch.id_end))
     if not 1 <= width <= ID_BYTES_MAX:
         width = 0
-    columns: list[npt.NDArray[Any]] = [batch.observed_at_ms]
-    if batch.at_ms is not None:
-        columns.append(batch.at_ms)
-    columns += [batch.lat_e7, batch.lng_e7]
-    if not width:
-        columns.append(batch.id_end)
-    columns += [batch.partner, batch.id_bytes]
-    total_bytes = sum(column.nbytes for column in columns)
-    head = b"".join(
-        (_PINGS_HEAD, _pack(len(batch)), _WIDTH, _pack(width or None), _AT, _pack(batch.at_ms is not None), _PAD)
-    )
-    tail = _COLUMNS + b"\xc6" + total_bytes.to_bytes(4, "big")
-    pad_bytes = -(len(head) + 2 + len(tail)) % 8
-    return b"".join(
-        [head, b"\xc4", bytes([pad_bytes]), bytes(pad_bytes), tail, *(_little_endian(column) for column in columns)]
-    )
-
-
-_PINGS_HEAD = b"\x86" + _pack("v") + _pack(FORMAT_VERSION) + _pack("n")
-_WIDTH, _AT, _PAD, _COLUMNS = (_pack(name) for name in ("width", "at", "pad", "columns"))
+    return ping_payload(batch, width)
 
 
 def encode_push(push: Push) -> bytes:
@@ -199,7 +181,9 @@ def push_head(alert_id: str, revision: int, kind: str, ring_km: float) -> bytes:
 
 
 _PUSH_HEAD = b"\x86" + _pack("alert_id")
-_REVISION, _KIND, _RING_KM, _DEVICE_IDS = (_pack(name) for name in ("revision", "kind", "ring_km", "device_ids"))
+_REVISION, _KIND, _RING_KM, _AT, _DEVICE_IDS = (
+    _pack(name) for name in ("revision", "kind", "ring_km", "at", "device_ids")
+)
 
 
 def _settings_fields(settings: Settings) -> dict[str, object]:
@@ -240,11 +224,6 @@ def _array_header(count: int) -> bytes:
     if count < 1 << 16:
         return b"\xdc" + count.to_bytes(2, "big")
     return b"\xdd" + count.to_bytes(4, "big")
-
-
-def _little_endian(column: npt.NDArray[Any]) -> bytes:
-    # A view on every machine we run on; astype says what the format is. join() takes any buffer.
-    return cast(bytes, column.astype(column.dtype.newbyteorder("<"), copy=False).data)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
