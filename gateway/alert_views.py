@@ -1,8 +1,8 @@
 """Alerts as they are read: by officers with everything, by the world without what is nobody's business.
 
-    DeskAlert (flows.desk) ─┐                    ┌─> AlertDetails    officers of the jurisdiction
-    Case (gateway.cases) ───┼─> at this moment ──┤
-    tallies, handed over ───┘                    └─> PublicAlert     public page, feeds, CAP; nothing of it once it ended
+DeskAlert (flows.desk) ─┐                    ┌─> AlertDetails    officers of the jurisdiction
+Case (gateway.cases) ───┼─> at this moment ──┤
+tallies, handed over ───┘                    └─> PublicAlert     public page, feeds, CAP; nothing of it once it ended
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ def list_alerts(
             raise LookupError(before)
         start = rank + 1
     found: list[tuple[DeskAlert, Case | None]] = []
-    while ids := [raw.decode() for raw in cast("list[bytes]", client.zrevrange(ALERT_IDS_KEY, start, start + _PAGE - 1))]:
+    while ids := [
+        raw.decode() for raw in cast("list[bytes]", client.zrevrange(ALERT_IDS_KEY, start, start + _PAGE - 1))
+    ]:
         for alert_id, case in zip(ids, read_cases(client, ids), strict=True):
             if not (case.division if case is not None else "000000").startswith(prefix):
                 continue

@@ -1,9 +1,9 @@
 """The alert desk over HTTP: publish, look, edit, close; pictures. What it means is in `gateway.desk_service`.
 
-    POST   /v1/alerts                  publish                GET    /v1/alerts            those of the jurisdiction
-    PATCH  /v1/alerts/{id}             edit                   GET    /v1/alerts/{id}       one, with live figures
-    POST   /v1/alerts/{id}/close       end                    PUT    /v1/alerts/{id}/category
-    PUT    /v1/alerts/{id}/photo       a picture              DELETE /v1/alerts/{id}/photo
+POST   /v1/alerts                  publish                GET    /v1/alerts            those of the jurisdiction
+PATCH  /v1/alerts/{id}             edit                   GET    /v1/alerts/{id}       one, with live figures
+POST   /v1/alerts/{id}/close       end                    PUT    /v1/alerts/{id}/category
+PUT    /v1/alerts/{id}/photo       a picture              DELETE /v1/alerts/{id}/photo
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def publish(
 ) -> Receipt:
     """Tell every live phone in the ring, now and as the ring grows. Nobody has to approve it.
 
-    The answer comes when the alert stands in every shard's log. Send an Idempotency-Key, and send the same request again
-    if the answer does not arrive: it is published once.
+    The answer comes when the alert stands in every shard's log. Send an Idempotency-Key, and the same request again if
+    no answer arrives: it is published once.
     """
     receipt = DeskService(gateway_of(request)).publish(caller, alert, idempotency_key)
     response.headers["Location"] = f"/v1/alerts/{receipt.alert_id}"
@@ -155,7 +155,7 @@ def close(
     idempotency_key: IdempotencyKey = None,
     if_match: IfMatch = None,
 ) -> Receipt:
-    """Everyone told hears that the search has ended, and no more than that. The public page says the same from now on."""
+    """Everyone told hears that the search has ended, and no more than that. So does whoever opens the public page."""
     service = DeskService(gateway_of(request))
     try:
         receipt = service.close(caller, alert_id, closing, _expected_revision(if_match), idempotency_key)
@@ -196,7 +196,9 @@ async def put_photo(request: Request, caller: OfficerDep, alert_id: AlertIdPath)
     gateway = gateway_of(request)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in FORMATS:
-        raise Problem(415, "unsupported-picture", f"Content-Type must be one of {', '.join(FORMATS)}, got {kind[:50]!r}")
+        raise Problem(
+            415, "unsupported-picture", f"Content-Type must be one of {', '.join(FORMATS)}, got {kind[:50]!r}"
+        )
     body = await request.body()
     if len(body) > gateway.config.photo_bytes_max:
         raise too_large(gateway.config.photo_bytes_max)
@@ -266,5 +268,3 @@ def get_alert(request: Request, response: Response, caller: OfficerDep, alert_id
     known, case = DeskService(gateway).view(caller, alert_id)
     response.headers["ETag"] = f'"{known.alert.revision}"'
     return details(gateway, known, case, gateway.desk.now_ms())
-
-
