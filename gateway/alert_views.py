@@ -229,14 +229,18 @@ class PublicAlert:
 def public_alert(gateway: Gateway, known: DeskAlert, case: Case | None, now_ms: int) -> PublicAlert:
     """What anybody may see of an alert at this moment. Once it ended, nothing of the child."""
     ended_ms = ended_at_ms(known, now_ms)
+    words = words_of(known, case) if ended_ms is None else None
+    if words is None and ended_ms is None:
+        ended_ms = now_ms  # it was closed, and erased, between two looks
+    is_open = ended_ms is None
     return PublicAlert(
         known=known,
         division=None if case is None else case.division,
-        words=words_of(known, case) if ended_ms is None else None,
-        photo_url=photo_url(gateway, case) if ended_ms is None else None,
+        words=words,
+        photo_url=photo_url(gateway, case) if is_open else None,
         page_url=page_url(gateway, known.alert.alert_id),
         ended_at_ms=ended_ms,
-        ring=ring_now(known, now_ms),
+        ring=ring_now(known, now_ms) if is_open else None,
     )
 
 

@@ -231,14 +231,15 @@ def test_feeds_hold_open_alerts_for_everybody_and_notices_of_the_last_day(
     assert [alert.known.alert.alert_id for alert in public_alerts(gateway)] == [shown]
 
 
-def test_page_of_an_alert_whose_words_are_erased_or_empty_can_still_be_made(
+def test_page_says_little_where_little_is_known_and_nothing_where_it_is_erased(
     http: Http, keys: Keys, gateway: Gateway, client: redis.Redis
 ) -> None:
     alert_id = published(http, keys.county)
     case = read_case(client, alert_id)
     assert isinstance(case, Case)
-    with client.pipeline() as pipeline:
-        write_case(pipeline, msgspec.structs.replace(case, words=Words(child=ChildWords())))
-        pipeline.execute()
-    (alert,) = public_alerts(gateway)
-    assert "寻找失踪儿童" in Page(html_page(alert)).text
+    for words, heading in ((Words(child=ChildWords()), "寻找失踪儿童"), (None, "搜寻已结束")):
+        with client.pipeline() as pipeline:
+            write_case(pipeline, msgspec.structs.replace(case, words=words))
+            pipeline.execute()
+        (alert,) = public_alerts(gateway)
+        assert heading in Page(html_page(alert)).text

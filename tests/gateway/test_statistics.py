@@ -177,7 +177,7 @@ def test_nobody_can_work_out_a_count_under_5_from_what_is_shown(parts: list[int 
     leaves = [each for each in figure.all() if not each.parts]
     unknown = [leaf.name for leaf in leaves if leaf.name in hidden]
     known = {leaf.name: leaf.count for leaf in leaves if leaf.name not in hidden}
-    grid = np.indices((VALUES,) * len(unknown)).reshape(len(unknown), -1)
+    grid = np.indices((VALUES,) * len(unknown)).reshape(len(unknown), VALUES ** len(unknown))
     possible = np.ones(grid.shape[1], bool)
     for takes_part, count in equations(figure, hidden, [leaf.name for leaf in leaves]):
         chosen = [leaf.name for leaf, takes in zip(leaves, takes_part, strict=True) if takes]
