@@ -217,7 +217,7 @@ class PublishRequest(Strict):
         None, description="From then on nobody new is told; 72 h after `missing_since` unless given."
     )
     audience: Audience | None = Field(None, description="These partners' phones alone; all partners' unless given.")
-    child: Child = Field(default_factory=Child)
+    child: Child = Field(default_factory=lambda: Child())
     headline: Headline = ""
     place: PlaceWords = ""
     text: FreeText = ""
@@ -255,7 +255,7 @@ class EditRequest(Strict):
     schedule: ScheduleSteps | None = None
     expires_at: Time | None = None
     audience: Audience | None = None
-    child: ChildChanges = Field(default_factory=ChildChanges)
+    child: ChildChanges = Field(default_factory=lambda: ChildChanges())
     headline: Headline | None = None
     place: PlaceWords | None = None
     text: FreeText | None = None

@@ -158,7 +158,7 @@ def partner_figures(gateway: Gateway, known: DeskAlert) -> list[PartnerFigures]:
 def reads_by_itself(client: redis.Redis, partner: str) -> bool:
     """Whether a partner reads its queues directly, so that nobody here sees what it takes. Raises redis.RedisError."""
     try:
-        groups = cast("list[dict[str, Any]]", client.xinfo_groups(push_key(0, partner)))
+        groups = client.xinfo_groups(push_key(0, partner))
     except redis.ResponseError as error:
         if "no such key" in str(error):
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,11 +80,11 @@ def same(first: CrowdTable, second: CrowdTable) -> bool:
 @pytest.mark.parametrize(
     ("count", "spread_km", "ring_km", "within"),
     [
-        (40_000, 80, 30, 0.06),
-        (40_000, 60, 100, 0.01),
+        (20_000, 80, 30, 0.06),
+        (9_000, 60, 100, 0.02),
         (4_000, 150, 100, 0.06),
         (600, 150, 100, 0.2),
-        (300, 300, 400, 0.12),
+        (300, 300, 400, 0.3),
     ],
 )
 def test_estimate_is_near_the_count_whether_phones_are_many_or_few(
@@ -157,7 +157,7 @@ def test_phone_that_moves_between_thin_zones_changes_no_answer() -> None:
 
 def test_empty_zones_are_pooled_with_thin_ones_so_that_an_area_does_not_tell_where_its_phones_are() -> None:
     zone = int(zones_of([(LAT, LNG)])[0])
-    first, siblings = zone // 7 * 7, 7
+    first = zone // 7 * 7
     thin = Density(
         zone=np.array([first, first + 1], np.uint32),
         partner=np.zeros(2, np.uint16),
@@ -179,7 +179,6 @@ def test_empty_zones_are_pooled_with_thin_ones_so_that_an_area_does_not_tell_whe
     tables = crowd_table(thin), crowd_table(other)
     assert same(*tables)
     assert (tables[0].level.tolist(), tables[0].cell.tolist(), tables[0].count.tolist()) == ([1], [zone // 7], [30])
-    assert siblings == 7
 
 
 def test_thin_zone_beside_a_crowd_is_not_laid_open_by_the_difference_of_two_rings() -> None:
@@ -227,7 +226,7 @@ def test_preview_tells_the_ring_now_and_at_each_growth_and_tells_nobody(
     answer = http.post("/v1/alerts:preview", key=keys.county, json=asked()).json()
     assert [step["ring_km"] for step in answer["steps"]] == [200, 300, 500]
     first, second, third = (step["phones"] for step in answer["steps"])
-    assert 2_300 <= first <= 2_700 and 4_900 <= second <= 5_100 and second <= third
+    assert 2_300 <= first <= 2_700 and 4_700 <= second <= third <= 5_100
     assert all(phones % 100 == 0 for phones in (first, second, third))
     assert 42 <= answer["counts_age_s"] < 120
     assert answer["counted_at"] == moment(at_ms)
@@ -302,7 +301,7 @@ class TestBudget:
         assert preview(1_800_000, keys.prefecture).status_code == 200
         assert preview(HOUR_MS + 1).json()["previews_left"] == 0
         assert preview(HOUR_MS + 2).status_code == 429
-        assert cast(int, client.zcard("previews:{desk}:西湖 值班")) == 3
+        assert client.zcard("previews:{desk}:西湖 值班") == 3
 
 
 @pytest.mark.parametrize(
