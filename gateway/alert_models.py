@@ -375,7 +375,7 @@ class AlertSummary(Strict):
 class AlertDetails(AlertSummary):
     """An alert as it is now, and what became of it so far."""
 
-    partners: list[PartnerFigures] | None = Field(description="null: nothing has been counted yet.")
+    partners: list[PartnerFigures] | None = Field(description="null: erased with the details.")
 
 
 class AlertList(Strict):

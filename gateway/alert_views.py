@@ -83,7 +83,8 @@ def summary(gateway: Gateway, known: DeskAlert, case: Case | None, now_ms: int) 
 
 def details(gateway: Gateway, known: DeskAlert, case: Case | None, now_ms: int) -> AlertDetails:
     """As `summary`, and what became of it at each partner so far. Raises redis.RedisError."""
-    partners = partner_figures(gateway, known)
+    is_erased = case is not None and case.erased_at_ms is not None
+    partners = None if is_erased else partner_figures(gateway, known)
     return AlertDetails.model_construct(**_summary_fields(gateway, known, case, now_ms), partners=partners)
 
 

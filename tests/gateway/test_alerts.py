@@ -249,6 +249,17 @@ def test_equal_publication_without_a_key_is_taken_for_a_repetition(http: Http, k
     assert len(desk_events(client)) == 1
 
 
+def test_equal_publication_after_the_first_was_ended_is_another_alert(
+    http: Http, keys: Keys, client: redis.Redis
+) -> None:
+    body = wanted()
+    first = http.post("/v1/alerts", key=keys.county, json=body).json()["alert_id"]
+    http.post(f"/v1/alerts/{first}/close", key=keys.county, json={"outcome": "cancelled"})
+    second = http.post("/v1/alerts", key=keys.county, json=body).json()["alert_id"]
+    assert second != first
+    assert http.get(f"/v1/alerts/{second}", key=keys.county).json()["state"] == "open"
+
+
 @pytest.mark.parametrize("after_the_event", [False, True])
 def test_publication_that_a_crash_cut_off_is_finished_by_its_repetition(
     http: Http, gateway: Gateway, keys: Keys, client: redis.Redis, after_the_event: bool

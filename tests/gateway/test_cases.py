@@ -166,6 +166,39 @@ def test_sweeper_thread_sweeps_and_ends(client: redis.Redis, desk: Desk, publish
     assert case is not None and case.erased_at_ms is not None  # one sweep is made in any case
 
 
+def test_words_that_were_given_at_the_terminal_are_erased_as_well(client: redis.Redis, desk: Desk) -> None:
+    now_ms = desk.now_ms()
+    for alert_id in ("t1", "t2"):
+        alert = Alert(alert_id, 1, 30.0, 120.0, now_ms, DEFAULT_SCHEDULE, now_ms + HOUR_MS)
+        desk.publish(alert, {"headline": "王小明"})
+    desk.close("t1", "found")
+    due_ms = desk.now_ms() + 30 * DAY_MS
+    each = sweeper(client)
+    each.sweep(due_ms - DAY_MS)
+    assert [alert.content for alert in desk.list()] == [{"headline": "王小明"}] * 2
+    each.sweep(due_ms)
+    contents = {alert.alert.alert_id: alert.content for alert in desk.list()}
+    assert contents == {"t1": {}, "t2": {"headline": "王小明"}}
+    known = desk.show("t1")
+    assert known is not None and (known.outcome, known.alert.revision) == ("found", 2)
+
+
+def test_sweeper_that_fails_again_and_again_says_so_and_goes_on(
+    client: redis.Redis, desk: Desk, published_ms: int
+) -> None:
+    metrics = Metrics()
+    each = Sweeper(client, 0.0, metrics)
+    kept = cast(bytes, client.get(case_key("a1")))
+    client.set(case_key("a1"), b"no case")
+    for _ in range(10):
+        assert metrics.alarms.current() == []
+        each.look()
+    assert [alarm.kind for alarm in metrics.alarms.current()] == ["cases_unswept"]
+    client.set(case_key("a1"), kept)
+    each.look()
+    assert metrics.alarms.current() == []
+
+
 NOW_MS = 1_800_000_000_000
 RING = Alert("a1", 1, 30.0, 120.0, NOW_MS, ((1.0, 100.0), (None, 200.0)), NOW_MS + HOUR_MS)
 
