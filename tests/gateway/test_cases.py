@@ -163,7 +163,7 @@ def test_sweeper_thread_sweeps_and_ends(client: redis.Redis, desk: Desk, publish
     each.start()
     each.stop()
     case = read_case(client, "a1")
-    assert case is not None and case.erased_at_ms is not None  # one sweep is made in any case
+    assert case is not None and case.closed_at_ms is not None  # one sweep is made in any case
 
 
 def test_words_that_were_given_at_the_terminal_are_erased_as_well(client: redis.Redis, desk: Desk) -> None:
