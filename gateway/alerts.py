@@ -43,7 +43,7 @@ __all__ = ["DeskService", "PublicAlert", "new_alert_id", "page_url", "public_ale
 PHOTO_PATH = "/v1/alerts/{alert_id}/photo"
 LIMIT_MAX = 200
 
-router = APIRouter(tags=["alert desk"])
+router = APIRouter(tags=["alert desk"], responses=responses(400))
 
 
 def body_limits(config: GatewayConfig) -> Mapping[str, int]:
@@ -79,7 +79,7 @@ IfMatch = Annotated[
 
 _EVENT_RESPONSES = {
     202: {"model": Receipt, "description": "Durable, but not in every shard's log yet. It will be by itself."},
-    **responses(400, 401, 403, 409, 413, 422, 429, 503),
+    **responses(401, 403, 409, 413, 422, 429, 503),
 }
 _EDIT_RESPONSES = {**_EVENT_RESPONSES, **responses(404, 412)}
 
@@ -168,7 +168,7 @@ def close(
 @router.put(
     "/v1/alerts/{alert_id}/category",
     summary="Say how a search ended, once it is known",
-    responses=responses(400, 401, 403, 404, 409, 410, 422, 503),
+    responses=responses(401, 403, 404, 409, 410, 422, 503),
 )
 def set_category(request: Request, caller: OfficerDep, alert_id: AlertIdPath, category: CategoryRequest) -> Receipt:
     """For the statistics; nobody is told. Possible until the details are erased."""
@@ -181,7 +181,7 @@ def set_category(request: Request, caller: OfficerDep, alert_id: AlertIdPath, ca
 @router.put(
     PHOTO_PATH,
     summary="Put a picture of the child",
-    responses=responses(400, 401, 403, 404, 409, 413, 415, 422, 503),
+    responses=responses(401, 403, 404, 409, 413, 415, 422, 503),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -232,7 +232,7 @@ def delete_photo(request: Request, caller: OfficerDep, alert_id: AlertIdPath) ->
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-@router.get("/v1/alerts", summary="Alerts of the own jurisdiction", responses=responses(400, 401, 403, 404))
+@router.get("/v1/alerts", summary="Alerts of the own jurisdiction", responses=responses(401, 403, 404))
 def get_alerts(
     request: Request,
     caller: OfficerDep,

@@ -169,7 +169,7 @@ def phones_within(table: CrowdTable, covered: Covered, audience: Collection[str]
 
 # --- asking -----------------------------------------------------------------------------------------------------------
 
-router = APIRouter(tags=["alert desk"])
+router = APIRouter(tags=["alert desk"], responses=responses(400))
 
 
 class PreviewRequest(Strict):
@@ -238,7 +238,8 @@ class Crowds:
 
 
 def start(gateway: Gateway) -> Crowds:
-    """One table for all previews of a process."""
+    """One table for all previews of a process; its kernels are loaded before the first (1.3 s)."""
+    Covered(0.0, 0.0, PUBLIC_RING_KM_MIN)
     return Crowds(gateway)
 
 
@@ -268,7 +269,7 @@ def take_from_budget(gateway: Gateway, caller: Caller[OfficerAccount], now_ms: i
 @router.post(
     "/v1/alerts:preview",
     summary="How many phones would it reach?",
-    responses=responses(400, 401, 403, 422, 429, 503),
+    responses=responses(401, 403, 422, 429, 503),
 )
 def preview(request: Request, caller: OfficerDep, asked: PreviewRequest) -> Preview:
     """The ring now and at each later growth, with about how many live phones are in it. Nobody is told anything.

@@ -47,7 +47,7 @@ EXERCISE_EN = "EXERCISE: this is not a real alert, no child is missing."
 _TELEPHONE = re.compile(r"\+?[0-9][0-9 -]{1,18}[0-9]")
 _SEX = {"female": "女 female", "male": "男 male"}
 
-router = APIRouter(tags=["public"])
+router = APIRouter(tags=["public"], responses=responses(400))
 
 AlertIdPath = Annotated[
     str,

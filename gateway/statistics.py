@@ -198,7 +198,7 @@ def _paths(figure: Figure) -> Iterator[tuple[Figure, ...]]:
 
 # --- asking -----------------------------------------------------------------------------------------------------------
 
-router = APIRouter(tags=["statistics"])
+router = APIRouter(tags=["statistics"], responses=responses(400))
 
 
 class Share(BaseModel):
@@ -289,7 +289,7 @@ def public_from_ms(year: int, details_days: float) -> int:
 @router.get(
     "/v1/statistics",
     summary="How alerts ended",
-    responses=responses(400, 401, 403, 404),
+    responses=responses(401, 403, 404),
 )
 def get_statistics(
     request: Request,
