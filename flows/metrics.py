@@ -27,6 +27,7 @@ second; `read_stats` adds the snapshots of all processes up.
     pings_request_ms (histogram)             intake_append_ms (histogram)      intake_held_bytes
     intake_pings_total                       intake_rounds_total               intake_rounds_failed_total
     intake_waiting_requests                  intake_flow_lag_ms: what a gateway sees of the flow
+    cases_erased_total: children whose details the gateway has erased
     density_age_ms{shard}                    density_stop_ms (histogram)      figure_write_errors_total{figure}
 """
 
