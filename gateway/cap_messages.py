@@ -24,6 +24,10 @@ IDENTIFIER_CHARS_MAX = 300
 BEIJING = timezone(timedelta(hours=8))
 """Times are written as people at the desk read them."""
 
+_FIRST = datetime(1, 1, 2, tzinfo=UTC)
+_FIRST_S = int(_FIRST.timestamp())
+_SECONDS = int(datetime(9999, 12, 30, tzinfo=UTC).timestamp()) - _FIRST_S
+
 _CAP = f"{{{CAP_NAMESPACE}}}"
 _UNFIT = re.compile(r"[\s,<&]")
 _CIRCLE = re.compile(r"([+-]?\d{1,3}(?:\.\d{1,15})?),([+-]?\d{1,3}(?:\.\d{1,15})?) +(\d{1,5}(?:\.\d{1,15})?)", re.ASCII)
@@ -77,6 +81,8 @@ class CapInfo:
     """Description of the first area."""
     circles: tuple[Circle, ...] = ()
     polygon_count: int = 0
+    geocodes: tuple[tuple[str, str], ...] = ()
+    """Of all areas."""
     categories: tuple[str, ...] = ("Rescue",)
     response_types: tuple[str, ...] = ()
     urgency: str = "Immediate"
@@ -208,6 +214,7 @@ def _info(info: etree._Element) -> CapInfo:
         area=(_text(areas[0], "areaDesc") or "") if areas else "",
         circles=tuple(_circle(circle) for area in areas for circle in area.findall(f"{_CAP}circle")),
         polygon_count=sum(len(area.findall(f"{_CAP}polygon")) for area in areas),
+        geocodes=tuple(code for area in areas for code in _named_values(area, "geocode")),
         categories=_texts(info, "category"),
         response_types=_texts(info, "responseType"),
         urgency=_text(info, "urgency") or "",
@@ -220,8 +227,8 @@ def _texts(info: etree._Element, name: str) -> tuple[str, ...]:
     return tuple(text_of(element) for element in info.findall(f"{_CAP}{name}"))
 
 
-def _named_values(info: etree._Element, name: str) -> tuple[tuple[str, str], ...]:
-    pairs = info.findall(f"{_CAP}{name}")
+def _named_values(parent: etree._Element, name: str) -> tuple[tuple[str, str], ...]:
+    pairs = parent.findall(f"{_CAP}{name}")
     return tuple((_text(pair, "valueName") or "", _text(pair, "value") or "") for pair in pairs)
 
 
@@ -248,8 +255,9 @@ def _circle(element: etree._Element) -> Circle:
 
 
 def cap_time(time_ms: int) -> str:
-    """A time as CAP writes it, in Beijing; what is below a second is cut off."""
-    return datetime.fromtimestamp(time_ms // 1000, UTC).astimezone(BEIJING).isoformat()
+    """A time as CAP writes it, in Beijing; what is below a second is cut off. Years have four digits, 0001 to 9999."""
+    moment = _FIRST + timedelta(seconds=max(0, min(_SECONDS, time_ms // 1000 - _FIRST_S)))
+    return moment.astimezone(BEIJING).isoformat()
 
 
 def _decimal(number: float) -> str:
@@ -308,6 +316,7 @@ def _add_info(alert: etree._Element, info: CapInfo) -> None:
         _add(area, "areaDesc", info.area)
         for circle in info.circles:
             _add(area, "circle", str(circle))
+        _add_pairs(area, "geocode", info.geocodes)
 
 
 def _add(parent: etree._Element, name: str, text: str | None) -> None:
