@@ -26,6 +26,7 @@ ALARM_KINDS: dict[str, str] = {
     "checkpoint_age": "no checkpoint for three intervals; a restart would replay much",
     "raw_pings_kept": "raw pings are kept for longer than promised, or soon will be",
     "queue_unread": "a partner does not read its queue",
+    "audit_log": "rows of the audit log were taken away",
 }
 """What each kind means."""
 
