@@ -13,7 +13,6 @@ that the search has ended, whatever its outcome was.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import quote, unquote_to_bytes
@@ -35,16 +34,52 @@ EVENT_CODE = ("SAME", "CAE")
 ENDED_HEADLINE = "搜寻已结束 The search has ended"
 SCHEDULE_PARAMETER = "tuanyuan:schedule"
 """The ring's own schedule, [[hours, km], ..., [null, km]]: CAP's circle is the ring at the moment of sending."""
-DETAIL_PARAMETERS = {
+CHILD_PARAMETERS = {
     "name": "tuanyuan:name",
     "sex": "tuanyuan:sex",
     "age": "tuanyuan:age",
     "clothes": "tuanyuan:clothes",
+    "features": "tuanyuan:features",
 }
-"""The child's details, by name of parameter: CAP has no elements for them."""
+"""The child's details, by name of parameter: CAP has no elements for them, so they also stand in its description."""
+TEXT_PARAMETER = "tuanyuan:text"
+"""The alert's free text alone, where the description also holds the child's details."""
+PLACE_PARAMETER = "tuanyuan:place"
+"""Where the child was last seen, in words."""
 
 _PAGE = 500
 """Events of the desk that are read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlertWords:
+    """What is told of an alert in words, to everybody, while it is open. Empty: nothing is said."""
+
+    headline: str = ""
+    text: str = ""
+    place: str = ""
+    contact: str = ""
+    name: str = ""
+    sex: str = ""
+    """female, male, or empty."""
+    age: str = ""
+    """Years."""
+    clothes: str = ""
+    features: str = ""
+    photo_url: str = ""
+
+    def description(self) -> str:
+        """All of it but headline and contact, for people: a line of details, then the text."""
+        labelled = (
+            ("姓名", self.name),
+            ("性别", {"female": "女", "male": "男"}.get(self.sex, "")),
+            ("年龄", f"{self.age}岁" if self.age else ""),
+            ("衣着", self.clothes),
+            ("特征", self.features),
+            ("最后出现地点", self.place),
+        )
+        details = ";".join(f"{label}:{value}" for label, value in labelled if value)
+        return "\n".join(part for part in (details, self.text) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +121,7 @@ def desk_events(client: redis.Redis, known: DeskAlert) -> list[tuple[AlertRevisi
     events: list[tuple[AlertRevision | AlertClose, int]] = []
     after = f"{max(0, known.published_at_ms - 1000)}-0"
     while True:
-        entries = cast(
-            "list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(DESK_KEY, min=f"({after}", count=_PAGE)
-        )
+        entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(DESK_KEY, min=f"({after}", count=_PAGE))
         for raw_id, fields in entries:
             desk_id = parse_id(raw_id)
             try:
@@ -129,7 +162,11 @@ def history(known: DeskAlert, events: list[tuple[AlertRevision | AlertClose, int
         steps.append(Step(revision.revision, 0, at_ms))
         growth = 0
         for grown_ms, _ in growth_times_ms(revision.schedule, revision.missing_since_ms):
-            if grown_ms <= at_ms or grown_ms >= revision.expires_at_ms or (until_ms is not None and grown_ms >= until_ms):
+            if (
+                grown_ms <= at_ms
+                or grown_ms >= revision.expires_at_ms
+                or (until_ms is not None and grown_ms >= until_ms)
+            ):
                 continue
             if grown_ms > now_ms:
                 next_growth_ms = grown_ms if until_ms is None else None
@@ -157,11 +194,8 @@ def alert_id_of(identifier: str) -> str | None:
         return None
 
 
-def alert_message(past: History, words: Mapping[str, str], sender: str, page_url: str) -> CapMessage:
-    """The last message of an alert, which stands for it. Of an alert that has ended: none of its words.
-
-    `words`: of the alert (`alert_json.CONTENT_FIELDS`) and of the child (`DETAIL_PARAMETERS`).
-    """
+def alert_message(past: History, words: AlertWords, sender: str, page_url: str) -> CapMessage:
+    """The last message of an alert, which stands for it. Of an alert that has ended: none of its words."""
     alert, last = past.alert, past.last
     references = tuple(
         Reference(sender, message_identifier(alert.alert_id, step), step.sent_ms // 1000 * 1000)
@@ -198,9 +232,12 @@ def _ended_info(page_url: str) -> CapInfo:
     )
 
 
-def _open_info(past: History, words: Mapping[str, str], page_url: str) -> CapInfo:
+def _open_info(past: History, words: AlertWords, page_url: str) -> CapInfo:
     alert, ring_km = past.alert, past.ring_km
-    details = tuple((name, words[key]) for key, name in DETAIL_PARAMETERS.items() if words.get(key))
+    parameters = [(SCHEDULE_PARAMETER, schedule_text(alert.schedule)), (TEXT_PARAMETER, words.text)]
+    parameters += [(name, getattr(words, key)) for key, name in CHILD_PARAMETERS.items() if getattr(words, key)]
+    if words.place:
+        parameters.append((PLACE_PARAMETER, words.place))
     return CapInfo(
         language=LANGUAGE,
         event=EVENT,
@@ -208,14 +245,13 @@ def _open_info(past: History, words: Mapping[str, str], page_url: str) -> CapInf
         onset_ms=alert.missing_since_ms // 1000 * 1000,
         # Rounded up: an alert must not expire before it begins.
         expires_ms=-(-alert.expires_at_ms // 1000) * 1000,
-        headline=words.get("headline") or None,
-        description=words.get("description") or None,
-        instruction=words.get("instruction") or None,
+        headline=words.headline or None,
+        description=words.description() or None,
         web=page_url,
-        contact=words.get("contact") or None,
-        parameters=((SCHEDULE_PARAMETER, schedule_text(alert.schedule)), *details),
-        photo_url=words.get("photo_url") or None,
-        area=f"最后出现地点周围 {ring_km:g} 公里 / {ring_km:g} km around the place last seen",
+        contact=words.contact or None,
+        parameters=tuple(parameters),
+        photo_url=words.photo_url or None,
+        area=f"{words.place or '最后出现地点'}周围 {ring_km:g} 公里 / {ring_km:g} km around the place last seen",
         circles=(Circle(round(alert.lat, 7), round(alert.lng, 7), ring_km),),
         response_types=("Monitor",),
     )

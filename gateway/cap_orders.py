@@ -11,14 +11,21 @@ schedule of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import orjson
 
-from flows.alert_json import CONTENT_CHARS_MAX, check_partner_name, parse_changes
-from gateway.cap_alerts import DETAIL_PARAMETERS, EVENT_CODE, SCHEDULE_PARAMETER
+from flows.alert_json import check_partner_name, parse_changes
+from gateway.cap_alerts import (
+    CHILD_PARAMETERS,
+    EVENT_CODE,
+    PLACE_PARAMETER,
+    SCHEDULE_PARAMETER,
+    TEXT_PARAMETER,
+    AlertWords,
+)
 from gateway.cap_messages import CapInfo, CapMessage, Circle, Reference, cap_time
 from gateway.cap_xml import CapRefused, brief
 from geoindex.entries import OUTCOMES, Schedule
@@ -34,7 +41,8 @@ DIVISION_GEOCODE = "GB/T 2260"
 """valueName of the geocode that holds an administrative division code."""
 
 _STATUSES = {"Actual": "actual", "Exercise": "exercise"}
-_SOFT_TEXTS = ("headline", "description", "instruction", "contact")
+_HEADLINE_CHARS_MAX = 160
+_PLACE_CHARS_MAX = 200
 _T = TypeVar("_T")
 
 
@@ -53,8 +61,7 @@ class CapOrder:
     expires_at_ms: int | None = None
     schedule: Schedule | None = None
     audience: tuple[str, ...] | None = None
-    words: tuple[tuple[str, str], ...] = ()
-    """By `alert_json.CONTENT_FIELDS` and `cap_alerts.DETAIL_PARAMETERS`."""
+    words: AlertWords = AlertWords()
     division: str | None = None
     outcome: str = "cancelled"
     category: str | None = None
@@ -68,11 +75,6 @@ def message_digest(reference: Reference) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def published_alert_id(reference: Reference) -> str:
-    """The id of the alert that a message of type Alert publishes: the same however often it is sent."""
-    return f"cap-{message_digest(reference)}"
-
-
 def read_order(message: CapMessage, now_ms: int) -> CapOrder:
     """What a message asks for. Raises CapRefused."""
     if message.kind not in ("Alert", "Update", "Cancel"):
@@ -80,7 +82,9 @@ def read_order(message: CapMessage, now_ms: int) -> CapOrder:
     if message.sent_ms > now_ms + AHEAD_MS_MAX:
         raise _refused("sent", f"a time up to now, {cap_time(now_ms)}", cap_time(message.sent_ms))
     if message.kind == "Alert" and message.references:
-        raise _refused("references", "none in an Alert: an Update continues another message", f"{len(message.references)}")
+        raise _refused(
+            "references", "none in an Alert: an Update continues another message", f"{len(message.references)}"
+        )
     if message.kind != "Alert" and not message.references:
         raise _refused("references", f"the messages that this {message.kind} is about, sender,identifier,sent", "none")
     only_checked = message.status not in _STATUSES
@@ -142,7 +146,7 @@ def _revision(message: CapMessage, only_checked: bool, now_ms: int) -> CapOrder:
         expires_at_ms=expires_at_ms,
         schedule=schedule,
         audience=audience,
-        words=_words(message.infos),
+        words=_words(message.infos, notes),
         division=_common(message.infos, "area/geocode", _division),
         notes=tuple(notes),
     )
@@ -155,7 +159,9 @@ def _audience(message: CapMessage) -> tuple[str, ...] | None:
         raise _refused("scope", expected, "Restricted")
     if message.scope == "Public":
         if message.addresses:
-            raise _refused("addresses", "none in a Public message; Private is for some", brief(" ".join(message.addresses)))
+            raise _refused(
+                "addresses", "none in a Public message; Private is for some", brief(" ".join(message.addresses))
+            )
         if message.status == "Exercise":
             raise _refused("scope", "Private, with the partners of the exercise in addresses", "Public")
         return None
@@ -199,7 +205,11 @@ def _circle(infos: tuple[CapInfo, ...], notes: list[str]) -> Circle:
             continue
         came = f"{len(info.circles)} circles" if info.circles else "none"
         if not info.circles and info.polygon_count:
-            came = "polygons alone, which have no middle" if info.polygon_count > 1 else "a polygon alone, which has no middle"
+            came = (
+                "polygons alone, which have no middle"
+                if info.polygon_count > 1
+                else "a polygon alone, which has no middle"
+            )
         raise _refused("info/area/circle", need, came)
     if any(info.polygon_count for info in infos):
         notes.append("polygons are not used: the ring is a circle")
@@ -224,22 +234,34 @@ def _schedule(infos: tuple[CapInfo, ...]) -> Schedule | None:
     return schedule
 
 
-def _words(infos: tuple[CapInfo, ...]) -> tuple[tuple[str, str], ...]:
-    """The words of all languages: Chinese first, each other one below it."""
+def _words(infos: tuple[CapInfo, ...], notes: list[str]) -> AlertWords:
+    """The words of all languages: Chinese first, the others behind or below it."""
     ordered = sorted(infos, key=lambda info: not info.language.lower().startswith("zh"))
-    words: dict[str, str] = {}
-    for name in _SOFT_TEXTS:
-        texts = dict.fromkeys(text for info in ordered if (text := getattr(info, name)))
-        joined = (" / " if name in ("headline", "contact") else "\n\n").join(texts)
-        if len(joined) > CONTENT_CHARS_MAX:
-            raise _refused(f"info/{name}", f"at most {CONTENT_CHARS_MAX} characters in all languages", f"{len(joined)}")
-        if joined:
-            words[name] = joined
-    photo_url = next((info.photo_url for info in ordered if info.photo_url), None)
-    if photo_url is not None:
-        words["photo_url"] = photo_url
-    for name, parameter in DETAIL_PARAMETERS.items():
-        value = _parameter(infos, parameter)
-        if value is not None:
-            words[name] = value
-    return tuple(words.items())
+    if any(info.photo_url for info in ordered):
+        notes.append("the picture is not fetched from elsewhere: it has to be sent to the alert itself")
+    headlines = _distinct(info.headline for info in ordered)
+    headline = " / ".join(headlines)
+    if len(headline) > _HEADLINE_CHARS_MAX and len(headlines) > 1:
+        headline = headlines[0]
+        notes.append(f"the headlines exceed {_HEADLINE_CHARS_MAX} characters together: the first one is used")
+    texts = _distinct(text for info in ordered for text in (_text(info), info.instruction))
+    place = _parameter(infos, PLACE_PARAMETER) or next(iter(_distinct(info.area for info in ordered)), "")
+    if len(place) > _PLACE_CHARS_MAX:
+        place = place[: _PLACE_CHARS_MAX - 1] + "…"
+        notes.append(f"areaDesc exceeds {_PLACE_CHARS_MAX} characters: it is cut")
+    return AlertWords(
+        headline=headline,
+        text="\n\n".join(texts),
+        place=place,
+        contact=" / ".join(_distinct(info.contact for info in ordered)),
+        **{name: _parameter(infos, parameter) or "" for name, parameter in CHILD_PARAMETERS.items()},
+    )
+
+
+def _text(info: CapInfo) -> str | None:
+    """The description; or, of a message that says its parts apart as ours do, the free text in it."""
+    return dict(info.parameters).get(TEXT_PARAMETER, info.description)
+
+
+def _distinct(texts: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(text for text in texts if text))

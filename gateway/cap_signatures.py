@@ -22,8 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from lxml import etree
-from signxml import DigestAlgorithm, SignatureConfiguration, SignatureMethod, VerifyResult, XMLVerifier
+from signxml.algorithms import DigestAlgorithm, SignatureMethod
 from signxml.exceptions import SignXMLException
+from signxml.verifier import SignatureConfiguration, VerifyResult, XMLVerifier
 
 from gateway.cap_xml import SIGNATURE_NAMESPACE, CapRefused, brief, parse_xml
 
@@ -162,7 +163,11 @@ def _check_shape(signature: etree._Element) -> None:
     for path, known, element in (
         (f"{_DS}SignedInfo/{_DS}SignatureMethod", _METHOD_NAMES, "Signature/SignedInfo/SignatureMethod"),
         (f"{_DS}SignedInfo/{_DS}CanonicalizationMethod", _CANONICAL, "Signature/SignedInfo/CanonicalizationMethod"),
-        (f"{_DS}SignedInfo/{_DS}Reference/{_DS}DigestMethod", _DIGEST_NAMES, "Signature/SignedInfo/Reference/DigestMethod"),
+        (
+            f"{_DS}SignedInfo/{_DS}Reference/{_DS}DigestMethod",
+            _DIGEST_NAMES,
+            "Signature/SignedInfo/Reference/DigestMethod",
+        ),
     ):
         found = signature.findall(path)
         if len(found) != 1:

@@ -222,4 +222,4 @@ def element_path(element: etree._Element) -> str:
 def satisfies_schema(root: etree._Element) -> bool:
     """Whether a tree is CAP 1.2 by the letter of the schema."""
     with _schema_lock:
-        return _schema().validate(root)
+        return bool(_schema().validate(root))
