@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import msgpack
 import redis
@@ -88,16 +88,31 @@ def alert_key(alert_id: str) -> str:
     return f"alert:{{desk}}:{alert_id}"
 
 
+class Companion(Protocol):
+    """What is written in the same MULTI as an event, or not at all: what somebody else keeps beside the alert."""
+
+    def keys(self) -> Sequence[str]:
+        """Keys of the hash tag `{desk}` that are read: when one changes meanwhile, all is looked at again."""
+
+    def look(self, known: DeskAlert | None, now_ms: int) -> None:
+        """Called before the event is made, again after a lost race. What it raises goes up, and nothing is written."""
+
+    def write(self, pipeline: Any, state: DeskAlert) -> None:
+        """Queue commands behind the event's. `state`: the alert as it will be."""
+
+
 class Desk:
     """Publish, edit, close and look at alerts. Thread-safe. Methods raise redis.RedisError.
 
-    After a lost connection an event may or may not be on the desk: `show` tells.
+    After a lost connection an event may or may not be on the desk: `show` tells, or what a `companion` wrote.
     """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
 
-    def publish(self, alert: Alert, content: Mapping[str, str] | None = None) -> DeskAnswer:
+    def publish(
+        self, alert: Alert, content: Mapping[str, str] | None = None, companion: Companion | None = None
+    ) -> DeskAnswer:
         """A new alert; its revision becomes 1, whatever `alert` says.
 
         Raises AlertRefused: faulty, or the id is taken.
@@ -119,7 +134,7 @@ class Desk:
                 DeskAlert(alert, None, dict(content or {}), now_ms, now_ms),
             )
 
-        return self._change(alert.alert_id, None, change)
+        return self._change(alert.alert_id, None, change, companion)
 
     def update(
         self,
@@ -127,6 +142,7 @@ class Desk:
         changes: Changes,
         expected_revision: int | None = None,
         content: Mapping[str, str] | None = None,
+        companion: Companion | None = None,
     ) -> DeskAnswer:
         """Edit an open alert: what `changes` (see `alert_json.merge_alert`) does not say stays as it is.
 
@@ -146,9 +162,15 @@ class Desk:
                 replace(known, alert=alert, content=words, changed_at_ms=now_ms),
             )
 
-        return self._change(alert_id, expected_revision, change)
+        return self._change(alert_id, expected_revision, change, companion)
 
-    def close(self, alert_id: str, outcome: str, expected_revision: int | None = None) -> DeskAnswer:
+    def close(
+        self,
+        alert_id: str,
+        outcome: str,
+        expected_revision: int | None = None,
+        companion: Companion | None = None,
+    ) -> DeskAnswer:
         """End an open alert; everyone told is told so.
 
         Raises RevisionConflict; AlertRefused: unknown, closed before.
@@ -166,7 +188,7 @@ class Desk:
                 replace(known, alert=alert, outcome=outcome, changed_at_ms=now_ms),
             )
 
-        return self._change(alert_id, expected_revision, change)
+        return self._change(alert_id, expected_revision, change, companion)
 
     def show(self, alert_id: str) -> DeskAlert | None:
         """One alert; None if there never was one of this id."""
@@ -206,21 +228,28 @@ class Desk:
             time.sleep(pause_s)
             pause_s = min(0.05, pause_s * 2)
 
-    def _change(self, alert_id: str, expected_revision: int | None, change: Any) -> DeskAnswer:
+    def _change(
+        self, alert_id: str, expected_revision: int | None, change: Any, companion: Companion | None
+    ) -> DeskAnswer:
         """Compare and set: the event and the alert's new state in one MULTI, if the state is still what was read."""
         key = alert_key(alert_id)
         while True:
             with self._client.pipeline(transaction=True) as pipeline:
-                cast(Any, pipeline).watch(key)
+                cast(Any, pipeline).watch(key, *(companion.keys() if companion is not None else ()))
                 known = _read_state(cast("bytes | None", self._client.get(key)))
+                now_ms = self.now_ms()
+                if companion is not None:
+                    companion.look(known, now_ms)
                 if expected_revision is not None and known is not None and known.alert.revision != expected_revision:
                     raise RevisionConflict(alert_id, known.alert.revision, expected_revision)
-                event, state = change(known, self.now_ms())
+                event, state = change(known, now_ms)
                 kind, payload = encode_entry(event)
                 pipeline.multi()
                 pipeline.xadd(DESK_KEY, {kind: payload})
                 pipeline.set(key, _write_state(state))
                 pipeline.zadd(ALERT_IDS_KEY, {alert_id: state.published_at_ms})
+                if companion is not None:
+                    companion.write(pipeline, state)
                 try:
                     desk_id = parse_id(pipeline.execute()[0])
                 except redis.WatchError as error:
