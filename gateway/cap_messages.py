@@ -185,7 +185,7 @@ def _references(alert: etree._Element) -> tuple[Reference, ...]:
 
 
 def parse_reference(text: str) -> Reference:
-    """ "sender,identifier,sent". Raises CapRefused."""
+    """A message named as sender,identifier,sent. Raises CapRefused."""
     parts = text.split(",")
     if len(parts) == 3 and parts[0] and parts[1]:
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import orjson
@@ -61,7 +61,7 @@ class CapOrder:
     expires_at_ms: int | None = None
     schedule: Schedule | None = None
     audience: tuple[str, ...] | None = None
-    words: AlertWords = AlertWords()
+    words: AlertWords = field(default_factory=AlertWords)
     division: str | None = None
     outcome: str = "cancelled"
     category: str | None = None

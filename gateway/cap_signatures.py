@@ -87,7 +87,7 @@ class CapCertificates:
 
     @classmethod
     def read(cls, folder: Path) -> CapCertificates:
-        """Every `*.pem` and `*.crt` of a folder; a file may hold several. Raises ValueError naming the file; OSError."""
+        """Every `*.pem` and `*.crt` of a folder; a file may hold several. Raises ValueError naming it; OSError."""
         certificates: list[x509.Certificate] = []
         paths = sorted(path for path in folder.iterdir() if path.suffix in (".pem", ".crt"))
         for path in paths:
@@ -112,7 +112,7 @@ class CapCertificates:
         return Signed(_verified(root, signature, certificate, now), certificate)
 
     def _certificate_of(self, signature: etree._Element, now: datetime) -> x509.Certificate:
-        """The folder's certificate that the signature says it was made with; the only one there is if it says nothing."""
+        """The folder's certificate that the signature names; the only one that there is if it names none."""
         line = signature.sourceline
         brought = [_der(element) for element in signature.iter(f"{_DS}X509Certificate")]
         known = [

@@ -1,6 +1,6 @@
 """XML of the Common Alerting Protocol 1.2: hostile bytes in, an element tree that satisfies the OASIS schema out.
 
-    bytes ──size──> UTF-8 ──prolog without DOCTYPE──> few marks, few namespaces ──parser──> depth ──version──> schema ──> alert
+    bytes ─size─> UTF-8 ─marks, namespaces─> prolog without DOCTYPE ─parser─> depth ─version─> schema ─> alert
 
 What costs an attacker little and us much is turned away before the parser sees it: size, a DOCTYPE (and with it every
 entity that XML does not define itself), another encoding than UTF-8 (which would hide a DOCTYPE), a flood of elements

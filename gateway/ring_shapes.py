@@ -1,8 +1,8 @@
 """A ring as map apps draw it: a polygon of the circle on the sphere, in longitude and latitude (RFC 7946).
 
-The circle is the one of matching rule 5: great-circle distance on H3's sphere. Its corners lie on it, evenly by bearing.
-A plane map is cut at longitude 180, so a ring there comes in two parts that meet at the cut (RFC 7946, 3.1.9), and a
-ring around a pole runs along the whole width of the map and is closed over the pole's edge.
+The circle is the one of matching rule 5: great-circle distance on H3's sphere. The corners lie on it, evenly by
+bearing. A plane map is cut at longitude 180, so a ring there comes in two parts that meet at the cut (RFC 7946, 3.1.9),
+and a ring around a pole runs along the whole width of the map and is closed over the pole's edge.
 """
 
 from __future__ import annotations
