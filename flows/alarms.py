@@ -25,8 +25,10 @@ ALARM_KINDS: dict[str, str] = {
     "log_tail_lost": "a log or its queues lost their end; its shard went on from an older checkpoint",
     "checkpoint_age": "no checkpoint for three intervals; a restart would replay much",
     "raw_pings_kept": "raw pings are kept for longer than promised, or soon will be",
+    "figures": "live phones and told devices are not counted: previews and the figures of alerts stand still",
     "queue_unread": "a partner does not read its queue",
     "audit_log": "rows of the audit log were taken away",
+    "alert_moved": "an alert is moved or shrunk again and again: does it look for somebody else than a child?",
 }
 """What each kind means."""
 

@@ -39,7 +39,7 @@ from flows.log import LogId, format_id, parse_id
 from geoindex.columns import U8
 from geoindex.entries import Alert, Settings
 from geoindex.shard import SettingsRefused, ShardCounters, ShardMachine
-from geoindex.snapshot import AlertState, Column, Columns, Fill, MachineState, fits, put
+from geoindex.snapshot import AlertState, Column, Columns, EndedAlert, Fill, MachineState, fits, put
 
 logger = logging.getLogger(__name__)
 
@@ -410,6 +410,7 @@ def _pack_header(shard: int, position: LogId, state: MachineState, columns: Colu
         "told_words": state.told_words,
         "table_counts": state.table_counts,
         "counters": _fields(state.counters),
+        "ended": [_fields(ended) for ended in state.ended],
         "columns": [(name, _pack_dtype(column.dtype), len(column)) for name, column in columns.items()],
     }
     return cast(bytes, msgpack.packb(fields))
@@ -429,6 +430,8 @@ def _unpack_state(fields: Mapping[str, Any]) -> MachineState:
         told_words=fields["told_words"],
         table_counts=_tuple(fields["table_counts"]),
         counters=ShardCounters(**fields["counters"]),
+        # A checkpoint of before has none: nothing but figures rests on them.
+        ended=tuple(EndedAlert(**_tuples(ended)) for ended in fields.get("ended", ())),
     )
 
 

@@ -54,6 +54,9 @@ class FlowConfig:
     """How long a source partition may wait when there is nothing to do; 5 in a Bytewax cluster, whose other processes
     send this worker items meanwhile."""
 
+    figures: bool = True
+    """Count live phones and told devices, and publish them for the gateway (`flows.figures`)."""
+
     def __post_init__(self) -> None:
         if self.valkey is not None:
             connect(self.valkey).close()  # opens no connection: only the url is looked at
@@ -166,4 +169,5 @@ _PARSERS: dict[str, Any] = {
     "queue_unread_alarm_s": float,
     "rewrite_aof_interval_s": float,
     "idle_wait_ms": _whole,
+    "figures": _flag,
 }

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -56,6 +57,10 @@ class _Pending:
     delivery_count: int
 
 
+_Stored = tuple[_Pending, "Mapping[bytes, bytes] | None"]
+"""A pending entry and its fields; None: trimmed away since."""
+
+
 class Consumer:
     """One consumer of a partner's queues, over all shards. At least once: whoever reads deduplicates on stream and id.
 
@@ -96,6 +101,8 @@ class Consumer:
         self._clock = clock
         self._claim_after_ms = round(claim_after_s * 1000)
         self._claim_at_s = 0.0
+        self._turn = 0
+        """The shard whose new entries `take` hands out first: each gets its turn."""
         self._unfinished = dict.fromkeys(self._streams, "-")
         """Where to go on in what this consumer was given before and did not acknowledge."""
 
@@ -117,20 +124,34 @@ class Consumer:
         if found:
             return found
         block_ms = max(1, round(min(block_s, 5.0) * 1000)) if block_s else None
-        try:
-            reply = self._client.xreadgroup(
-                self._group, self._consumer, dict.fromkeys(self._streams, ">"), count=entries_max, block=block_ms
-            )
-        except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            self.create_groups()
-            return []
-        return self._handed_over(
-            (_Pending(stream.decode(), raw_id.decode(), 1), fields)
-            for stream, entries in cast(Any, reply) or []
-            for raw_id, fields in entries
-        )
+        return self._handed_over(self._new(self._streams, entries_max, block_ms) or [])
+
+    def take(self, entries_max: int, devices_max: int, devices_each_max: int) -> list[Delivery]:
+        """As `read` without a wait, bounded over all shards: by entries, and by the devices that they name.
+
+        For consumers whose name is new in every life: what an earlier life was given comes again as a claim.
+        `devices_each_max`: of one entry (`Settings.push_ids_max`), not above `devices_max`. An entry's size is known
+        only once it has been handed over, so no more are asked for at a time than could all be of that size.
+        """
+        assert entries_max >= 1 and devices_max >= devices_each_max >= 1
+        room = min(entries_max, devices_max // devices_each_max)
+        found = self._claimed(room, room)
+        streams = self._streams[self._turn :] + self._streams[: self._turn]
+        self._turn = (self._turn + 1) % len(self._streams)
+        while streams:
+            left = devices_max - sum(len(delivery.push.device_ids) for delivery in found)
+            room = min(entries_max - len(found), left // devices_each_max)
+            if room <= 0:
+                break
+            asked, each = streams[:room], max(1, room // len(streams))
+            fresh = self._new(asked, each, None)
+            if fresh is None:
+                break
+            found += self._handed_over(fresh)
+            # Those that gave all they were asked for may have more; the others are empty.
+            counts = Counter(pending.stream for pending, _ in fresh)
+            streams = streams[room:] + [stream for stream in asked if counts[stream] == each]
+        return found
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> int:
         """These have been dealt with; how many were still this group's to acknowledge."""
@@ -173,6 +194,24 @@ class Consumer:
                     justid=True,
                 )
             pipeline.execute()
+        self._claim_at_s = 0.0
+
+    def _new(self, streams: Sequence[str], entries_max: int, block_ms: int | None) -> list[_Stored] | None:
+        """Entries that nobody of the group was given yet. None if the group did not exist; it does then."""
+        try:
+            reply = self._client.xreadgroup(
+                self._group, self._consumer, dict.fromkeys(streams, ">"), count=entries_max, block=block_ms
+            )
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self.create_groups()
+            return None
+        return [
+            (_Pending(stream.decode(), raw_id.decode(), 1), fields)
+            for stream, entries in cast(Any, reply) or []
+            for raw_id, fields in entries
+        ]
 
     # --- what was handed over before --------------------------------------------------------------------------------
 
@@ -187,7 +226,7 @@ class Consumer:
         self._unfinished = {pending.stream: f"({pending.entry_id}" for pending in found}
         return self._again(found, 0)
 
-    def _claimed(self, entries_max: int) -> list[Delivery]:
+    def _claimed(self, entries_max: int, total_max: int | None = None) -> list[Delivery]:
         """What other consumers were given and did not acknowledge in time; asked for ten times in that time."""
         now_s = self._clock.monotonic_s()
         if now_s < self._claim_at_s:
@@ -195,6 +234,9 @@ class Consumer:
         self._claim_at_s = now_s + self._claim_after_ms / 10_000
         idle_ms = self._claim_after_ms
         found = self._pending(dict.fromkeys((*self._streams, *self._dead_streams), ("-", idle_ms)), entries_max)
+        if found and total_max is not None and len(found) > total_max:
+            self._claim_at_s = now_s  # the rest at the next call; what is claimed now is not idle then
+            found = found[:total_max]
         return self._again(found or [], idle_ms)
 
     def _pending(self, wanted: Mapping[str, tuple[str, int | None]], entries_max: int) -> list[_Pending] | None:
@@ -242,11 +284,11 @@ class Consumer:
 
     # --- what a consumer gets ---------------------------------------------------------------------------------------
 
-    def _handed_over(self, entries: Iterable[tuple[_Pending, Mapping[bytes, bytes] | None]]) -> list[Delivery]:
+    def _handed_over(self, entries: Iterable[_Stored]) -> list[Delivery]:
         """Deliveries, in order; what is no push goes to the dead letters."""
         return list(self._deliveries(entries))
 
-    def _deliveries(self, entries: Iterable[tuple[_Pending, Mapping[bytes, bytes] | None]]) -> Iterator[Delivery]:
+    def _deliveries(self, entries: Iterable[_Stored]) -> Iterator[Delivery]:
         for pending, stored in entries:
             if stored is None:
                 continue  # trimmed away since it was delivered

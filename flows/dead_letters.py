@@ -125,26 +125,49 @@ def dead_letters(client: redis.Redis, partner: str, shard_count: int) -> list[De
     """A partner's dead letters, by shard and the time of their death."""
     found: list[DeadLetter] = []
     for shard in range(shard_count):
-        key = dead_key(shard, partner)
-        waiting = _waiting(client, key)
-        after = "-"
-        while entries := cast(list[Any], client.xrange(key, min=after, count=READ_COUNT)):
-            for raw_id, stored in entries:
-                entry_id, fields = original(stored)
-                found.append(
-                    DeadLetter(
-                        shard,
-                        partner,
-                        parse_id(raw_id),
-                        entry_id,
-                        stored[b"group"].decode(),
-                        int(stored[b"deliveries"]),
-                        stored[b"reason"].decode(),
-                        fields,
-                        raw_id in waiting,
-                    )
-                )
-            after = f"({entries[-1][0].decode()}"
+        after: LogId | None = None
+        while page := dead_letters_of_shard(client, partner, shard, READ_COUNT, after):
+            found += page
+            after = page[-1].dead_id
+    return found
+
+
+def dead_letters_of_shard(
+    client: redis.Redis, partner: str, shard: int, count: int, after: LogId | None = None
+) -> list[DeadLetter]:
+    """At most `count` of one shard, by the time of their death, from behind `after` on."""
+    first = "-" if after is None else f"({format_id(after)}"
+    return _letters(client, partner, shard, first, "+", count)
+
+
+def dead_letter(client: redis.Redis, partner: str, shard: int, dead_id: LogId) -> DeadLetter | None:
+    """The one of this name, if it lies there."""
+    found = _letters(client, partner, shard, format_id(dead_id), format_id(dead_id), 1)
+    return found[0] if found else None
+
+
+def _letters(client: redis.Redis, partner: str, shard: int, first: str, last: str, count: int) -> list[DeadLetter]:
+    key = dead_key(shard, partner)
+    entries = cast(list[Any], client.xrange(key, min=first, max=last, count=count))
+    if not entries:
+        return []
+    waiting = _waiting(client, key)
+    found: list[DeadLetter] = []
+    for raw_id, stored in entries:
+        entry_id, fields = original(stored)
+        found.append(
+            DeadLetter(
+                shard,
+                partner,
+                parse_id(raw_id),
+                entry_id,
+                stored[b"group"].decode(),
+                int(stored[b"deliveries"]),
+                stored[b"reason"].decode(),
+                fields,
+                raw_id in waiting,
+            )
+        )
     return found
 
 

@@ -6,7 +6,7 @@
     desk-relay thread: alert events from the desk to the logs        stats-publisher thread: numbers once a second
     checkpoints thread: files, and trimming behind them              queue-keeper thread: trims and watches the queues
     guards thread: the server's clock, memory, settings              file-rewriter thread, if wanted: the server's file
-                                                                     without what was trimmed
+    figures thread: phones and told devices, for the gateway         without what was trimmed
 
 Starting: check the server, read the settings (or write them, on a server without logs). Each shard then starts behind
 its newest usable checkpoint, or from its log's first entry, and does so again when the server was restarted or the log
@@ -36,6 +36,7 @@ from flows.clock import CLOCK, Clock
 from flows.config import FlowConfig
 from flows.desk import RelayThread
 from flows.disk import DISK, Disk
+from flows.figures import Figures
 from flows.guards import Guards
 from flows.log import (
     FIRST,
@@ -282,6 +283,7 @@ class LiveFlow:
         )
         self._relay = RelayThread(client, open_link, self.metrics, guards.check_append)
         self._rewriter = FileRewriter(client, settings.shard_count, config.rewrite_interval_s, keep_ms, self.metrics)
+        self._figures = Figures(client, self._shards, self.metrics, clock) if config.figures else None
         self._stats = StatsPublisher(client, self.metrics, self._set_gauges)
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -306,13 +308,13 @@ class LiveFlow:
     def start(self) -> None:
         """Start the threads."""
         threads = self.reader, self.writer, self._follower, self.checkpointer, self._keeper
-        for thread in (self.guards, *threads, self._relay, self._rewriter, self._stats):
+        for thread in (self.guards, *threads, self._relay, self._rewriter, self._figures, self._stats):
             if thread is not None:
                 thread.start()
 
     def dataflow(self) -> Dataflow:
         """The dataflow, to be run once, by Bytewax in this process or in a cluster."""
-        return build_flow(self.source, self.sink, self.machine_of, self.checkpointer.after_entry)
+        return build_flow(self.source, self.sink, self.machine_of, self.after_entry)
 
     def finish(self) -> None:
         """After a dataflow that ended by itself: the last pushes, then a checkpoint of every shard.
@@ -332,7 +334,7 @@ class LiveFlow:
         """Stop the threads."""
         self._stopping.set()
         threads = self.reader, self.writer, self._follower, self.checkpointer, self._keeper
-        for thread in (self._relay, self._rewriter, *threads, self.guards, self._stats):
+        for thread in (self._relay, self._rewriter, *threads, self.guards, self._figures, self._stats):
             if thread is not None:
                 thread.stop()
 
@@ -349,7 +351,15 @@ class LiveFlow:
         """The machine that a shard starts with; raises as `Checkpointer.machine_at`."""
         self._machines.pop(reload.shard, None)
         machine = self._machines[reload.shard] = self.checkpointer.machine_at(reload.shard, reload.position)
+        if self._figures is not None:
+            self._figures.begin(reload.shard, machine, reload.position)
         return machine
+
+    def after_entry(self, caused: ShardPushes, machine: ShardMachine) -> None:
+        """What is looked at and copied between two entries; raises as `Checkpointer.after_entry`."""
+        self.checkpointer.after_entry(caused.raw, machine)
+        if self._figures is not None:
+            self._figures.after_entry(caused, machine)
 
     def _on_done(self, shard: int, log_id: LogId) -> None:
         self.reader.release(shard, log_id)
@@ -357,6 +367,8 @@ class LiveFlow:
 
     def _set_gauges(self) -> None:
         self.checkpointer.set_gauges()
+        if self._figures is not None:
+            self._figures.set_gauges()
         for shard in self._shards:
             self.metrics.gauge("lag_ms", self.reader.lag_ms(shard), shard=str(shard))
         for shard, machine in list(self._machines.items()):

@@ -28,8 +28,8 @@ from geoindex.shard import ShardMachine
 
 MachineOf = Callable[["Reload"], ShardMachine]
 """The machine that a shard starts with."""
-AfterEntry = Callable[[RawEntry, ShardMachine], None]
-"""Told of every entry that a machine has seen, before it sees the next."""
+AfterEntry = Callable[["ShardPushes", ShardMachine], None]
+"""Told of every entry that a machine has seen, and of what came of it, before it sees the next."""
 
 
 def shard_key(shard: int) -> str:
@@ -115,7 +115,7 @@ class ShardLogic(StatefulBatchLogic[Entry | Reload, ShardPushes, None]):
                 # Bytewax does not say which key it builds a logic for; the first entry does.
                 self.machine = self._machine_of(Reload(entry.raw.shard))
             caused.append(step(self.machine, entry))
-            self._after_entry(entry.raw, self.machine)
+            self._after_entry(caused[-1], self.machine)
         return caused, StatefulBatchLogic.RETAIN
 
     def snapshot(self) -> None:
@@ -148,7 +148,7 @@ def build_flow(
     source: FixedPartitionedSource[Any, Any],
     sink: FixedPartitionedSink[ShardPushes, Any],
     machine_of: MachineOf,
-    after_entry: AfterEntry = lambda raw, machine: None,
+    after_entry: AfterEntry = lambda caused, machine: None,
 ) -> Dataflow:
     """The flow from logs to queues."""
     flow = Dataflow("tuanyuan")

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from flows import wire_kernels as kernels
 from flows.alert_json import REVISION_MAX, check_alert, check_alert_id, check_outcome, check_partner_name
+from flows.ping_payload import ping_payload
 from geoindex.columns import I32, I64, ID_BYTES_MAX, PARTNER_COUNT_MAX, U8, U16, U32, PingBatch, Push
 from geoindex.entries import (
     FORMAT_VERSION,
@@ -151,31 +152,7 @@ def encode_pings(batch: PingBatch) -> bytes:
     width = int(kernels.common_width(batch.id_end))
     if not 1 <= width <= ID_BYTES_MAX:
         width = 0
-    columns: list[npt.NDArray[Any]] = [batch.observed_at_ms]
-    if batch.at_ms is not None:
-        columns.append(batch.at_ms)
-    columns += [batch.lat_e7, batch.lng_e7]
-    if not width:
-        columns.append(batch.id_end)
-    columns += [batch.partner, batch.id_bytes]
-    total_bytes = sum(column.nbytes for column in columns)
-    head = (
-        b"\x86"
-        + _pack("v")
-        + _pack(FORMAT_VERSION)
-        + _pack("n")
-        + _pack(len(batch))
-        + _pack("width")
-        + _pack(width or None)
-        + _pack("at")
-        + _pack(batch.at_ms is not None)
-        + _pack("pad")
-    )
-    tail = _pack("columns") + b"\xc6" + total_bytes.to_bytes(4, "big")
-    pad_bytes = -(len(head) + 2 + len(tail)) % 8
-    return b"".join(
-        [head, b"\xc4", bytes([pad_bytes]), bytes(pad_bytes), tail, *(_little_endian(column) for column in columns)]
-    )
+    return ping_payload(batch, width)
 
 
 def encode_push(push: Push) -> bytes:
@@ -250,11 +227,6 @@ def _array_header(count: int) -> bytes:
     if count < 1 << 16:
         return b"\xdc" + count.to_bytes(2, "big")
     return b"\xdd" + count.to_bytes(4, "big")
-
-
-def _little_endian(column: npt.NDArray[Any]) -> bytes:
-    # A view on every machine we run on; astype says what the format is. join() takes any buffer.
-    return cast(bytes, column.astype(column.dtype.newbyteorder("<"), copy=False).data)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ class Accounts:
         key = new_key()
 
         def change(account: AnyAccount, pipeline: Any, now_ms: int) -> AnyAccount:
-            old, *older = [key_id for key_id in account.key_ids] or [None]
+            old, older = (account.key_ids or (None,))[0], list(account.key_ids[1:])
             kept: tuple[str, ...] = ()
             if old is not None:
                 entry = self.key_entries(account).get(old)

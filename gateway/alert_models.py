@@ -147,7 +147,9 @@ class Child(Strict):
     name: Annotated[str, Field(max_length=60), AfterValidator(_one_line)] = Field("", examples=["王小明"])
     sex: Sex = "unknown"
     age: int | None = Field(None, ge=0, le=CHILD_AGE_MAX, description="Years.", examples=[6])
-    clothes: Annotated[str, Field(max_length=300), AfterValidator(_one_line)] = Field("", examples=["红色外套,蓝色书包"])
+    clothes: Annotated[str, Field(max_length=300), AfterValidator(_one_line)] = Field(
+        "", examples=["红色外套,蓝色书包"]
+    )
     features: Annotated[str, Field(max_length=500), AfterValidator(_one_line)] = Field(
         "", description="What else to recognise the child by.", examples=["左眉有一道疤,身高约1.1米"]
     )
@@ -243,9 +245,7 @@ class EditRequest(Strict):
     """What changes of an open alert. What is left out stays as it is; null is the default again."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"location": {"lat": 30.31, "lng": 120.2}, "place": "杭州东站", "revision": 1}]
-        }
+        json_schema_extra={"examples": [{"location": {"lat": 30.31, "lng": 120.2}, "place": "杭州东站", "revision": 1}]}
     )
 
     revision: ExpectedRevision = None

@@ -9,7 +9,7 @@ needs to know.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -133,6 +133,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         gateway.ready = False
+        gateway.stopping.set()
         for service in reversed(gateway.services):
             try:
                 await anyio.to_thread.run_sync(service.stop)
@@ -144,8 +145,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await anyio.to_thread.run_sync(publisher.stop)
 
 
+_PROBLEM_SCHEMA = {"$ref": "#/components/schemas/ProblemBody"}
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The description, with problem details as the only body of an error."""
+    """The description; problem details have their own media type."""
     if app.openapi_schema is None:
         schema = get_openapi(
             title=app.title,
@@ -156,12 +160,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         )
         for path in schema["paths"].values():
             for operation in path.values():
-                for status, answer in operation.get("responses", {}).items():
-                    if status.isdigit() and int(status) >= 400:
-                        problem: Mapping[str, Any] = {"schema": {"$ref": "#/components/schemas/ProblemBody"}}
-                        answer["content"] = {errors.PROBLEM_JSON: problem}
-        for unused in ("HTTPValidationError", "ValidationError"):
-            schema.get("components", {}).get("schemas", {}).pop(unused, None)
+                for answer in operation.get("responses", {}).values():
+                    content = answer.get("content", {})
+                    if content.get("application/json", {}).get("schema") == _PROBLEM_SCHEMA:
+                        content[errors.PROBLEM_JSON] = content.pop("application/json")
         app.openapi_schema = schema
     return app.openapi_schema
 

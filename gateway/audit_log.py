@@ -55,6 +55,8 @@ BEGUN, DONE, REFUSED, FAILED = "begun", "done", "refused", "failed"
 """Outcomes. An action has two rows: `begun`, and what came of it; a refusal has one."""
 
 _SEAL_PURPOSE = b"tuanyuan audit log"
+Entries = list[tuple[bytes, dict[bytes, bytes]]]
+"""Of a stream, as the server gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,8 @@ class AuditLog:
         """Append one row; when it returns, the row is durable.
 
         `actor`: "officer:<name>" (`Caller.actor`); `action`: "alert.publish"; `target`: an alert's id, an account's
-        name, a path; `outcome`: BEGUN, DONE, REFUSED or FAILED; `details`: few plain values, nothing of a child or phone.
+        name, a path; `outcome`: BEGUN, DONE, REFUSED or FAILED; `details`: few plain values,
+        nothing of a child or phone.
         Raises redis.RedisError: then the row may be there or not, and what it is about must not happen.
         """
         with self._lock:
@@ -189,16 +192,17 @@ class AuditLog:
         self.append(actor, action, target, DONE, result)
 
     def _find_head(self) -> None:
-        """Learn what stands at the end. A log that has become shorter is said so: in a row, an alarm and a line."""
+        """Learn what stands at the end. A log that has become shorter is said so: in a row, in a line, and by an
+        alarm that stays on.
+        """
         last, self._next = read_head(self._client)
         self._head = last
         kept = self._kept()
         if kept is None or (kept.number < last.number or kept == last):
-            self._metrics.alarms.clear("audit_log")
             return
         words = (
-            f"the audit log ends with row {last.number}, hash {last.hash[:12]}…; this machine has seen row {kept.number}, "
-            f"hash {kept.hash[:12]}…: rows were taken away"
+            f"the audit log ends with row {last.number}, hash {last.hash[:12]}…; this machine has seen "
+            f"row {kept.number}, hash {kept.hash[:12]}…: rows were taken away"
         )
         self._metrics.alarms.set("audit_log", words)
         self._next = max(self._next, kept.number + 1)
@@ -253,7 +257,7 @@ class AuditLog:
 def read_head(client: redis.Redis) -> tuple[Head, int]:
     """The newest row that is there, and the number that the next one must have: behind any that ever was."""
     try:
-        info = cast("dict[str, Any]", client.xinfo_stream(AUDIT_LOG_KEY))
+        info = client.xinfo_stream(AUDIT_LOG_KEY)
     except redis.ResponseError as error:
         if "no such key" in str(error):
             return Head(0, GENESIS), 1
@@ -270,9 +274,7 @@ def read_head(client: redis.Redis) -> tuple[Head, int]:
 def read_rows(client: redis.Redis, after: int = 0) -> Iterator[tuple[LogId, dict[bytes, bytes]]]:
     """Entries as they stand, behind a number, in order."""
     start = f"({after}-18446744073709551615"
-    while entries := cast(
-        "list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(AUDIT_LOG_KEY, start, count=READ_COUNT)
-    ):
+    while entries := cast(Entries, client.xrange(AUDIT_LOG_KEY, start, count=READ_COUNT)):
         for raw_id, fields in entries:
             yield parse_id(raw_id), fields
         start = f"({entries[-1][0].decode()}"
@@ -280,7 +282,7 @@ def read_rows(client: redis.Redis, after: int = 0) -> Iterator[tuple[LogId, dict
 
 def last_rows(client: redis.Redis, count: int) -> list[Row]:
     """The newest rows that can be read, the newest last."""
-    entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrevrange(AUDIT_LOG_KEY, count=count))
+    entries = cast(Entries, client.xrevrange(AUDIT_LOG_KEY, count=count))
     rows = (parse_row(fields) for _, fields in reversed(entries))
     return [row for row in rows if row is not None]
 
@@ -339,18 +341,15 @@ def verify(
             gap = f"{before.number + 1} to {number - 1}" if number > before.number + 2 else f"{number - 1}"
             breaks.append(Break(number, f"follows row {before.number}: {gap} missing"))
         elif row.previous != before.hash:
-            breaks.append(
-                Break(number, f"does not follow row {before.number} as that is now: one of them was exchanged")
-            )
+            breaks.append(Break(number, f"does not follow row {before.number} as it is now: one was exchanged"))
         if row.action == TAIL_MISSING:
             breaks.append(Break(number, f"says that rows were missing when it was written: {row.details}"))
         if (wanted := seen_heads.pop(number, None)) is not None and wanted != row.hash:
             breaks.append(Break(number, "is another row than the one that was seen under this number"))
         before = Head(number, row.hash)
     for number in sorted(seen_heads):
-        breaks.append(
-            Break(number, "was seen, and is missing" + ("" if number <= before.number else ": the end was cut off"))
-        )
+        end = ": the end was cut off" if number > before.number else ""
+        breaks.append(Break(number, f"was seen, and is missing{end}"))
     if last_number > before.number:
         breaks.append(Break(last_number, f"was written, and is missing: the log ends with row {before.number}"))
     return count, breaks

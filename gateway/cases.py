@@ -239,7 +239,9 @@ class Sweeper:
         for alert_id, case in zip(open_ids, read_cases(self._client, open_ids), strict=True):
             known = self._desk.show(alert_id)
             if case is None or known is None:
-                logger.error("case %r is listed as open, but %s", alert_id, "has no words" if case is None else "no alert")
+                logger.error(
+                    "case %r is listed as open, but %s", alert_id, "has no words" if case is None else "no alert"
+                )
                 continue
             if not known.is_open(now_ms):
                 self._close(alert_id, known)
@@ -289,4 +291,3 @@ class Sweeper:
                     self._clock.wait(self._stopping, self._interval_s)
                 if self._stopped:
                     return
-

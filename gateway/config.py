@@ -44,7 +44,7 @@ class GatewayConfig:
     tls_key: Path | None = None
     """PEM."""
     trusted_proxies: str = ""
-    """Networks, as 10.0.0.0/8,::1/128, of proxies whose X-Forwarded-For tells a client's address. Nobody else's does."""
+    """Networks, as 10.0.0.0/8,::1/128, of proxies whose X-Forwarded-For is believed. Nobody else's is."""
     secret_file: Path | None = None
     """The gateway's own key, which seals what has to be kept whole, and the audit log. None: gateway.key under `var`.
     All gateways of a deployment need the same one. Made if it is not there."""

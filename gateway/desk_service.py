@@ -13,7 +13,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 from urllib.parse import quote
 
@@ -22,9 +22,8 @@ import orjson
 import redis
 
 from flows.alert_json import AlertRefused, check_alert, merge_alert
-from flows.desk import DeskAlert, DeskAnswer, RevisionConflict, alert_key
+from flows.desk import DESK_KEY, DeskAlert, DeskAnswer, RevisionConflict, alert_key
 from flows.log import FIRST, LogId, SettingsMismatch, last_id
-from flows.desk import DESK_KEY
 from gateway.accounts import Caller, OfficerAccount
 from gateway.alert_models import (
     CategoryRequest,
@@ -95,7 +94,7 @@ class DeskService:
 
     Methods raise Problem: 403 (audited), 404, 409, 412, 422, 429, 503; redis.RedisError: the audit log or the desk
     cannot be reached, and whether an event was made is not known; the same call with the same `idempotency_key` is
-    safe then. `caller` must be an officer.
+    safe then.
     """
 
     def __init__(self, gateway: Gateway) -> None:
@@ -103,15 +102,25 @@ class DeskService:
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    def publish(self, caller: Caller, request: PublishRequest, idempotency_key: str | None = None) -> Receipt:
-        """Publish an alert, under an id of its own. Returns when every shard's log has it, or after 10 s.
+    def publish(
+        self,
+        caller: Caller[OfficerAccount],
+        request: PublishRequest,
+        idempotency_key: str | None = None,
+        alert_id: str | None = None,
+    ) -> Receipt:
+        """Publish an alert. Returns when every shard's log has it, or after 10 s: then `copied` is false.
+
+        `alert_id`: chosen by the caller, fit for a url; 409 if it is taken. None: one that nobody has.
 
         Without an `idempotency_key`, an equal request of the same officer within ten minutes is a repetition.
         """
         account = self._account(caller, "alert.publish", "-")
         division = request.division or account.division
         self._check_division(caller, "alert.publish", "-", division)
-        digest = request_digest(b"publish", orjson.dumps(json_of(request), option=orjson.OPT_SORT_KEYS))
+        digest = request_digest(
+            b"publish", (alert_id or "").encode(), orjson.dumps(json_of(request), option=orjson.OPT_SORT_KEYS)
+        )
         if idempotency_key is not None:
             claim = Claim(self._gateway.client, caller.actor, f"key:{idempotency_key}", digest)
         else:
@@ -120,7 +129,9 @@ class DeskService:
         if found is not None and found.event is not None:
             return self._repeated(found)
         settings, now_ms = self._gateway.settings(), self._gateway.desk.now_ms()
-        alert = _alert(request, found.alert_id if found is not None else new_alert_id(), settings)
+        if alert_id is None:
+            alert_id = found.alert_id if found is not None else new_alert_id()
+        alert = _alert(request, alert_id, settings)
         _check_rules(alert, settings, now_ms)
         if request.missing_since > now_ms + FUTURE_MS:
             raise _unfit("missing_since must not lie in the future: is the offset right?")
@@ -135,7 +146,7 @@ class DeskService:
 
     def update(
         self,
-        caller: Caller,
+        caller: Caller[OfficerAccount],
         alert_id: str,
         request: EditRequest,
         expected_revision: int | None = None,
@@ -148,9 +159,9 @@ class DeskService:
             return self._repeated(record)
         settings = self._gateway.settings()
         changes = _changes(request, settings)
-        event = _Edit(self._gateway.client, claim, alert_id, settings, changes, request)
-        details = {"fields": sorted(request.model_fields_set - {"revision"}), **_shape_of(changes)}
         expected = expected_revision if expected_revision is not None else request.revision
+        event = _Edit(self._gateway.client, claim, alert_id, settings, changes, request, expected)
+        details = {"fields": sorted(request.model_fields_set - {"revision"}), **_shape_of(changes)}
         with self._recorded(caller, "alert.update", alert_id, details):
             receipt = self._made(
                 event,
@@ -161,7 +172,7 @@ class DeskService:
 
     def close(
         self,
-        caller: Caller,
+        caller: Caller[OfficerAccount],
         alert_id: str,
         request: CloseRequest,
         expected_revision: int | None = None,
@@ -183,7 +194,7 @@ class DeskService:
 
     # --- beside the events ------------------------------------------------------------------------------------------
 
-    def set_category(self, caller: Caller, alert_id: str, request: CategoryRequest) -> Receipt:
+    def set_category(self, caller: Caller[OfficerAccount], alert_id: str, request: CategoryRequest) -> Receipt:
         """Say, or correct, how a search ended, as long as the case is not erased. Nobody is told anything."""
         known = self._check_alert(caller, "alert.category", alert_id)
         client = self._gateway.client
@@ -204,7 +215,7 @@ class DeskService:
             change_case(client, alert_id, change)
         return self._beside("category", known)
 
-    def set_photo(self, caller: Caller, alert_id: str, photo: Photo | None) -> Receipt:
+    def set_photo(self, caller: Caller[OfficerAccount], alert_id: str, photo: Photo | None) -> Receipt:
         """Put the picture of an open alert, another one in its place, or none (None). Nobody is told anything."""
         known = self._check_alert(caller, "alert.photo", alert_id)
         desk = self._gateway.desk
@@ -224,30 +235,27 @@ class DeskService:
             change_case(self._gateway.client, alert_id, change, (alert_key(alert_id),))
         return self._beside("photo", known)
 
-    def view(self, caller: Caller, alert_id: str) -> tuple[DeskAlert, Case | None]:
+    def view(self, caller: Caller[OfficerAccount], alert_id: str) -> tuple[DeskAlert, Case | None]:
         """An alert of the own jurisdiction, and its case."""
         known = self._check_alert(caller, "alert.view", alert_id)
         return known, read_case(self._gateway.client, alert_id)
 
-    def check_desk(self, caller: Caller, action: str) -> OfficerAccount:
+    def check_desk(self, caller: Caller[OfficerAccount], action: str) -> OfficerAccount:
         """The officer's account. Raises Problem 403, audited, for whoever has no desk."""
         return self._account(caller, action, "-")
 
     # --- who may ----------------------------------------------------------------------------------------------------
 
-    def _account(self, caller: Caller, action: str, target: str) -> OfficerAccount:
-        account = caller.account
-        assert isinstance(account, OfficerAccount), "routers let officers in alone"
-        if (refusal := desk_refusal(account)) is not None:
+    def _account(self, caller: Caller[OfficerAccount], action: str, target: str) -> OfficerAccount:
+        if (refusal := desk_refusal(caller.account)) is not None:
             raise refuse(self._gateway, caller, action, target, refusal)
-        return account
+        return caller.account
 
-    def _check_division(self, caller: Caller, action: str, target: str, division: str) -> None:
-        assert isinstance(caller.account, OfficerAccount)
+    def _check_division(self, caller: Caller[OfficerAccount], action: str, target: str, division: str) -> None:
         if (refusal := division_refusal(caller.account, division)) is not None:
             raise refuse(self._gateway, caller, action, target, refusal, division=division)
 
-    def _check_alert(self, caller: Caller, action: str, alert_id: str) -> DeskAlert:
+    def _check_alert(self, caller: Caller[OfficerAccount], action: str, alert_id: str) -> DeskAlert:
         """The alert, if it is of the officer's jurisdiction. Raises Problem 403, audited; 404."""
         self._account(caller, action, alert_id)
         known = self._gateway.desk.show(alert_id)
@@ -260,7 +268,7 @@ class DeskService:
     # --- how it is done ---------------------------------------------------------------------------------------------
 
     def _claim(
-        self, caller: Caller, event: str, alert_id: str, request: EditRequest | CloseRequest, key: str | None
+        self, caller: Caller[OfficerAccount], event: str, alert_id: str, request: EditRequest | CloseRequest, key: str | None
     ) -> Claim | None:
         if key is None:
             return None
@@ -270,7 +278,7 @@ class DeskService:
         return Claim(self._gateway.client, caller.actor, f"key:{key}", digest)
 
     @contextmanager
-    def _recorded(self, caller: Caller, action: str, target: str, details: Mapping[str, Any]) -> Iterator[None]:
+    def _recorded(self, caller: Caller[OfficerAccount], action: str, target: str, details: Mapping[str, Any]) -> Iterator[None]:
         """The action between its two audit rows; the second says as what it failed."""
         with self._gateway.audit.recording(caller.actor, action, target, details) as result:
             try:
@@ -331,7 +339,7 @@ class DeskService:
             logger.warning("an alert event is durable, but not copied to every log yet: %s", error)
             return False
 
-    def _watch_moves(self, caller: Caller, case: Case | None) -> None:
+    def _watch_moves(self, caller: Caller[OfficerAccount], case: Case | None) -> None:
         """An alarm, and an audit row, for a ring that wanders."""
         if case is None or not case.moves_ms:
             return
@@ -392,7 +400,8 @@ class _Publication(_Event):
         self._new = case
 
     def check(self, known: DeskAlert | None, now_ms: int) -> None:
-        pass
+        if known is not None:
+            raise Problem(409, "id-taken", f"alert {self.alert_id!r} was published before: edit it, or take another id")
 
     def write_case(self, pipeline: Any, state: DeskAlert) -> None:
         self.case = msgspec.structs.replace(self._new, published_at_ms=state.published_at_ms)
@@ -412,8 +421,10 @@ class _Edit(_Event):
         settings: Settings,
         changes: Mapping[str, Any],
         request: EditRequest,
+        expected_revision: int | None,
     ) -> None:
         super().__init__(client, claim, alert_id)
+        self._expected_revision = expected_revision
         self._settings = settings
         self._changes = changes
         self._request = request
@@ -421,6 +432,8 @@ class _Edit(_Event):
 
     def check(self, known: DeskAlert | None, now_ms: int) -> None:
         known = _open(known, self.alert_id, now_ms)
+        if self._expected_revision not in (None, known.alert.revision):
+            return  # the desk says so
         try:
             merged = merge_alert(known.alert, self._changes, known.alert.revision, self._settings.default_schedule)
         except ValueError as error:
@@ -428,16 +441,16 @@ class _Edit(_Event):
         words = None if self.case is None else self.case.words
         edited = None if words is None else _edited_words(words, self._request)
         if words is None and self._request.model_fields_set & set(_WORD_FIELDS):
-            raise Problem(409, "no-case", f"alert {self.alert_id!r} was published at the terminal: edit its words there")
+            raise Problem(
+                409, "no-case", f"alert {self.alert_id!r} was published at the terminal: edit its words there"
+            )
         if merged == known.alert and edited == words:
             raise NothingChanged(known)
         _check_rules(merged, self._settings, now_ms)
         if "missing_since_ms" in self._changes and merged.missing_since_ms > now_ms + FUTURE_MS:
             raise _unfit("missing_since must not lie in the future: is the offset right?")
         if self.case is not None:
-            self._edited = with_move(
-                msgspec.structs.replace(self.case, words=edited), known.alert, merged, now_ms
-            )
+            self._edited = with_move(msgspec.structs.replace(self.case, words=edited), known.alert, merged, now_ms)
 
     def write_case(self, pipeline: Any, state: DeskAlert) -> None:
         if self._edited is not None:
@@ -478,7 +491,7 @@ def _alert(request: PublishRequest, alert_id: str, settings: Settings) -> Alert:
         lat=request.location.lat,
         lng=request.location.lng,
         missing_since_ms=request.missing_since,
-        schedule=settings.default_schedule if request.schedule is None else _schedule(request.schedule),
+        schedule=settings.default_schedule if request.schedule is None else schedule_from(request.schedule),
         expires_at_ms=request.missing_since + DEFAULT_EXPIRY_MS if expires_at is None else expires_at,
         status=request.status,
         audience=None if request.audience is None else tuple(request.audience),
@@ -493,7 +506,7 @@ def _changes(request: EditRequest, settings: Settings) -> dict[str, Any]:
     if "missing_since" in given:
         changes["missing_since_ms"] = request.missing_since
     if "schedule" in given:
-        changes["schedule"] = settings.default_schedule if request.schedule is None else _schedule(request.schedule)
+        changes["schedule"] = settings.default_schedule if request.schedule is None else schedule_from(request.schedule)
     if "expires_at" in given:
         changes["expires_at_ms"] = request.expires_at
     if "audience" in given:
@@ -501,14 +514,15 @@ def _changes(request: EditRequest, settings: Settings) -> dict[str, Any]:
     return changes
 
 
-def _schedule(steps: list[list[float | None]]) -> Schedule:
+def schedule_from(steps: list[list[float | None]]) -> Schedule:
+    """Steps of a request. Raises Problem 422."""
     try:
         return schedule_of(steps)
     except ValueError as error:
         raise _unfit(str(error)) from None
 
 
-def _case(caller: Caller, division: str, alert: Alert, request: PublishRequest) -> Case:
+def _case(caller: Caller[OfficerAccount], division: str, alert: Alert, request: PublishRequest) -> Case:
     words = Words(
         child=ChildWords(**json_of(request.child)),
         headline=request.headline,
@@ -536,7 +550,9 @@ def _edited_words(words: Words, request: EditRequest) -> Words:
     if "child" in given:
         child_blank = ChildWords()
         child = {
-            name: getattr(request.child, name) if getattr(request.child, name) is not None else getattr(child_blank, name)
+            name: getattr(request.child, name)
+            if getattr(request.child, name) is not None
+            else getattr(child_blank, name)
             for name in request.child.model_fields_set
         }
         changes["child"] = msgspec.structs.replace(words.child, **child)

@@ -9,12 +9,12 @@ people: what was expected, what came, where. Never a secret in it, and of a phon
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-import orjson
 import redis
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -69,7 +69,7 @@ class Problem(HTTPException):
     def response(self, request_id: str | None = None) -> Response:
         """The answer."""
         return Response(
-            orjson.dumps(self.body(request_id), default=repr),
+            json.dumps(self.body(request_id), ensure_ascii=False, default=repr).encode(errors="replace"),
             self.status_code,
             dict(self.headers or {}),
             PROBLEM_JSON,
@@ -123,7 +123,6 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {
             "description": _DESCRIPTIONS.get(status, HTTPStatus(status).phrase),
             "model": ProblemBody,
-            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
         }
         for status in statuses
     }
@@ -151,7 +150,7 @@ def problem_of(error: Exception) -> Problem | None:
         return _later("appends-refused", str(error), 1.0)
     if isinstance(error, ServerRefused):
         return _later(
-            "server-refused", "the server does not keep what it acknowledges; nothing is written until it does"
+            "server-refused", "the server may lose what it acknowledges; nothing is written until that is mended"
         )
     if isinstance(error, redis.OutOfMemoryError):
         return _later("server-full", "the server's memory is full")

@@ -38,16 +38,15 @@ _WORDS = {"partner": "partners", "officer": "officers", "operator": "operators"}
 
 def unknown_caller() -> Problem:
     """The one answer to every key and signature that is not accepted."""
-    return Problem(
-        401,
-        "not-accepted",
-        "a valid key, or a signature made with one, must come with the request",
-        headers={"WWW-Authenticate": 'Bearer realm="tuanyuan"'},
-    )
+    return _unauthorized("not-accepted", "a valid key, or a signature made with one, must come with the request")
+
+
+def _unauthorized(type: str, detail: str) -> Problem:
+    return Problem(401, type, detail, headers={"WWW-Authenticate": 'Bearer realm="tuanyuan"'})
 
 
 class Authenticate:
-    """ASGI: finds out whose key a request bears. Refuses wrong ones, and writes without any, before the body is read."""
+    """ASGI: finds out whose key a request bears. Refuses wrong ones, and writes without any, ahead of the body."""
 
     def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
         self._app = app
@@ -73,7 +72,7 @@ class Authenticate:
             caller = await anyio.to_thread.run_sync(self._signer, signature, state)
             receive = _BodyCheck(receive, signature.body_digest)
         else:
-            caller = await anyio.to_thread.run_sync(self._bearer, bearer, state)
+            caller = await anyio.to_thread.run_sync(self._bearer, bearer or "", state)
         taken = self._take(caller)
         state["caller"] = caller
         state["key_limit"] = taken
@@ -87,12 +86,8 @@ class Authenticate:
         if caller is None:
             raise self._failure(state)
         if caller.account.signed:
-            raise Problem(
-                401,
-                "signature-demanded",
-                "this account demands signed requests (RFC 9421), got the bare key",
-                headers={"WWW-Authenticate": 'Signature realm="tuanyuan"'},
-            )
+            detail = "this account demands signed requests (RFC 9421), got the bare key"
+            raise _unauthorized("signature-demanded", detail)
         return caller
 
     def _signer(self, signature: Signature, state: dict[str, Any]) -> Caller[AnyAccount]:
@@ -102,13 +97,12 @@ class Authenticate:
         if found is None or not genuine or not found.usable:
             raise self._failure(state)
         if not signature.timely(self._gateway.clock.now_ms() / 1000):
-            raise Problem(
-                401,
+            raise _unauthorized(
                 "signature-untimely",
                 f"created must be within {WINDOW_S} s of now, got {signature.created_s}: is the clock right?",
             )
         if not self._remember(found, signature.nonce):
-            raise Problem(401, "signature-replayed", "this nonce was used before: every request needs its own")
+            raise _unauthorized("signature-replayed", "this nonce was used before: every request needs its own")
         return found.caller(signed=True)
 
     def _remember(self, found: Found, nonce: str) -> bool:
@@ -162,11 +156,11 @@ class _BodyCheck:
         body = message.get("body", b"")
         if self._wanted is None:
             if body:
-                raise Problem(401, "digest-demanded", "a body must be signed: Content-Digest is missing")
+                raise _unauthorized("digest-demanded", "a body must be signed: Content-Digest is missing")
             return message
         self._digest.update(body)
         if not message.get("more_body") and not hmac.compare_digest(self._digest.digest(), self._wanted):
-            raise Problem(401, "digest-differs", "the body must be the one that Content-Digest was made of")
+            raise _unauthorized("digest-differs", "the body must be the one that Content-Digest was made of")
         return message
 
 
@@ -179,8 +173,8 @@ _signature_scheme = APIKeyHeader(
     name="Signature",
     auto_error=False,
     scheme_name="signature",
-    description="HMAC-SHA256 request signature (RFC 9421) over @method, @path, @query and content-digest, with created, "
-    "keyid, nonce and alg in Signature-Input. `gateway.signing.sign` makes one.",
+    description="HMAC-SHA256 request signature (RFC 9421) over @method, @path, @query and content-digest, with "
+    "created, keyid, nonce and alg in Signature-Input. `gateway.signing.sign` makes one.",
 )
 _Documented = (Security(_bearer_scheme), Security(_signature_scheme))
 

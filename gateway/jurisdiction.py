@@ -19,7 +19,8 @@ from gateway.accounts import OfficerAccount
 MINISTRY = "000000"
 DIVISION_PATTERN = r"^[0-9]{6}$"
 
-PROVINCES = frozenset("11 12 13 14 15 21 22 23 31 32 33 34 35 36 37 41 42 43 44 45 46 50 51 52 53 54 61 62 63 64 65 71 81 82".split())  # fmt: skip
+_REGIONS = {"1": "12345", "2": "123", "3": "1234567", "4": "123456", "5": "01234", "6": "12345", "7": "1", "8": "12"}
+PROVINCES = frozenset(region + digit for region, digits in _REGIONS.items() for digit in digits)
 """The first two digits that are given out (GB/T 2260-2007)."""
 
 LEVELS = ("ministry", "province", "prefecture", "county")

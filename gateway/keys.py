@@ -75,7 +75,7 @@ def parse_key(text: str) -> Key | None:
 
 
 def matches(key: Key, digest: bytes | None) -> bool:
-    """Whether this is the key whose digest is kept; in the same time whatever differs, and also where nothing is kept."""
+    """Whether this is the key whose digest is kept; in the same time whatever differs, also where nothing is kept."""
     same = hmac.compare_digest(key.digest, digest or _NO_DIGEST)
     return same and digest is not None
 

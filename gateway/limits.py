@@ -33,7 +33,7 @@ class Taken:
     """From empty to full."""
 
     def headers(self, name: str) -> dict[str, str]:
-        """RateLimit-Policy and RateLimit (IETF draft-ietf-httpapi-ratelimit-headers), and Retry-After if it was refused."""
+        """RateLimit-Policy and RateLimit (draft-ietf-httpapi-ratelimit-headers), and Retry-After if it was refused."""
         headers = {
             "RateLimit-Policy": f'"{name}";q={int(self.limit)};w={max(1, round(self.window_s))}',
             "RateLimit": f'"{name}";r={max(0, int(self.left))};t={max(0, round(self.full_s))}',

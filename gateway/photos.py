@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-import warnings
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -50,8 +49,7 @@ def remake(body: bytes) -> Photo:
             image = _opened(body)
         except PhotoRefused:
             raise
-        # Whatever a decoder stumbles over: Pillow's errors for a damaged file are of many classes.
-        except Exception as error:
+        except Exception as error:  # of many classes: whatever a decoder stumbles over in a damaged file
             raise PhotoRefused(f"the picture cannot be read: {type(error).__name__}") from None
         file = io.BytesIO()
         image.save(file, "JPEG", quality=QUALITY, optimize=True)
@@ -60,17 +58,15 @@ def remake(body: bytes) -> Photo:
 
 
 def _opened(body: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes, which are checked here, and about odd metadata
-        image: Image.Image = Image.open(io.BytesIO(body), formats=tuple(FORMATS.values()))
-        width, height = image.size
-        if width * height > PIXELS_MAX:
-            raise PhotoRefused(f"the picture must have at most {PIXELS_MAX:,} pixels, got {width} x {height}")
-        if min(width, height) < SIDE_MIN:
-            raise PhotoRefused(f"the picture must have at least {SIDE_MIN} pixels a side, got {width} x {height}")
-        image.draft("RGB", (SIDE_MAX, SIDE_MAX))  # JPEG: unpacked smaller at once where that is enough
-        image.load()
-        image = ImageOps.exif_transpose(image)
+    image: Image.Image = Image.open(io.BytesIO(body), formats=tuple(FORMATS.values()))
+    width, height = image.size
+    if width * height > PIXELS_MAX:
+        raise PhotoRefused(f"the picture must have at most {PIXELS_MAX:,} pixels, got {width} x {height}")
+    if min(width, height) < SIDE_MIN:
+        raise PhotoRefused(f"the picture must have at least {SIDE_MIN} pixels a side, got {width} x {height}")
+    image.draft("RGB", (SIDE_MAX, SIDE_MAX))  # JPEG: unpacked smaller at once where that is enough
+    image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")

@@ -11,7 +11,7 @@ from gateway.identity import REFUSALS_BURST, REFUSALS_PER_S
 from gateway.runtime import Gateway
 
 
-def refuse(gateway: Gateway, caller: Caller, action: str, target: str, reason: str, **details: Any) -> Problem:
+def refuse(gateway: Gateway, caller: Caller[Any], action: str, target: str, reason: str, **details: Any) -> Problem:
     """Write the refusal down; returns the problem to raise.
 
     Raises Problem 429 if this key is refused all the time: rows are kept for ever; redis.RedisError.

@@ -50,7 +50,7 @@ _S = TypeVar("_S")
 
 @dataclass(slots=True)
 class Gateway:
-    """One gateway process. `client` is for short commands, thread-safe; who blocks opens a link or client of its own."""
+    """One gateway process. `client`: short commands, thread-safe; whoever blocks opens a link or client of its own."""
 
     config: GatewayConfig
     client: redis.Redis
@@ -66,6 +66,8 @@ class Gateway:
     services: list[Any] = field(default_factory=list)
     ready: bool = False
     """Every feature has started: its threads run, its kernels are loaded."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """No more requests are taken; whoever holds one back (a long poll) answers it now."""
     _settings: tuple[float, Settings] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

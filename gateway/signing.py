@@ -31,7 +31,9 @@ ALGORITHM = "hmac-sha256"
 _COMPONENTS = ('"@method"', '"@path"', '"@query"', '"content-digest"')
 _HEADER_CHARACTERS_MAX = 1_024
 _INPUT = re.compile(
-    r'([a-z*][a-z0-9_.*-]{0,31})=(\(((?:"[@a-z-]{1,32}"(?: "[@a-z-]{1,32}"){0,7})?)\)((?:;[a-z]+=(?:"[^"\\]{0,128}"|[0-9]{1,12})){1,8}))'
+    r"([a-z*][a-z0-9_.*-]{0,31})="  # the label
+    r'(\(((?:"[@a-z-]{1,32}"(?: "[@a-z-]{1,32}"){0,7})?)\)'  # what is signed
+    r'((?:;[a-z]+=(?:"[^"\\]{0,128}"|[0-9]{1,12})){1,8}))'
 )
 _PARAMETER = re.compile(r';([a-z]+)=(?:"([^"\\]{0,128})"|([0-9]{1,12}))')
 _SIGNATURE = re.compile(r"([a-z*][a-z0-9_.*-]{0,31})=:([A-Za-z0-9+/]{43}=):")

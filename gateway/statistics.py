@@ -14,11 +14,11 @@ of its closing. Exercises are not counted.
 
 The Ministry's own "found" (1,274 of 1,317) holds the dead (111) and disputes (114) as well; here each is told apart.
 
-What anybody may read. Counts under 5 could be known to be somebody. They are suppressed, and with them as many others as
-it takes that no suppressed count can be worked out: below every figure that is shown, what is suppressed is at least
-two figures and together at least 10, so each of them could be anything from 0 to 4 and more (`suppressed`). There is one
-such table a year, of the whole country, shown when nothing in it can change any more. So there are no totals of parts,
-no months of years, and no yesterday to compare it with.
+What anybody may read. Counts under 5 could be known to be somebody. They are suppressed, and with them as many others
+as it takes that no suppressed count can be worked out: below every figure that is shown, what is suppressed is at least
+two figures and together at least 10, so each of them could be anything from 0 to 4 and more (`suppressed`). There is
+one such table a year, of the whole country, shown when nothing in it can change any more. So there are no totals of
+parts, no months of years, and no yesterday to compare it with.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ class Share(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"count": 42, "share": 0.467}]})
 
     count: int | None = Field(ge=0, description="null: not shown.")
-    share: float | None = Field(ge=0, le=1, description="Of `closed`; null where either is not shown, or nothing closed.")
+    share: float | None = Field(
+        ge=0, le=1, description="Of `closed`; null where either is not shown, or nothing closed."
+    )
 
 
 class Categories(BaseModel):
@@ -332,8 +334,10 @@ def _public_year(gateway: Gateway, period: str | None) -> str:
     if period is not None and "-" in period:
         raise unknown_caller()
     this_year = int(month_of(now_ms)[:4])
-    year = int(period) if period is not None else next(
-        year for year in range(this_year, 0, -1) if public_from_ms(year, days) <= now_ms
+    year = (
+        int(period)
+        if period is not None
+        else next(year for year in range(this_year, 0, -1) if public_from_ms(year, days) <= now_ms)
     )
     if (from_ms := public_from_ms(year, days)) > now_ms:
         raise Problem(404, "not-yet", f"the figures of {year} are shown from {moment(from_ms)} on")

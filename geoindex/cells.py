@@ -49,7 +49,7 @@ from geoindex.cell_kernels import (
     ZONE_RESOLUTION,
     CellTables,
 )
-from geoindex.columns import F64, I32, LAT_E7_MAX, LNG_E7_MAX, U8, U16, U32, U64
+from geoindex.columns import F64, I32, LAT_E7_MAX, LNG_E7_MAX, U8, U16, U32, U64, Bool
 
 __all__ = [
     "CELLS_PER_ZONE",
@@ -59,9 +59,11 @@ __all__ = [
     "ZONE_INDEX_COUNT",
     "ZONE_RESOLUTION",
     "CellTables",
+    "cell_centers",
     "cell_tables",
     "cells_of",
     "cells_to_h3",
+    "coarse_to_h3",
     "h3_to_cells",
     "zones_to_h3",
 ]
@@ -99,6 +101,28 @@ def zones_to_h3(zone: U32) -> U64:
     Raises: TypeError for another dtype, ValueError for an index that names no cell.
     """
     return _to_h3("zone", zone, ZONE_RESOLUTION)
+
+
+def coarse_to_h3(coarse: U32, resolution: int) -> U64:
+    """Dense indices u32[n] of cells of a resolution from 0 to 5 -> H3 indices u64[n].
+
+    That of a zone's ancestor is `zone // 7^(5 - resolution)`.
+    Raises: TypeError for another dtype, ValueError for another resolution or an index that names no cell.
+    """
+    if not 0 <= resolution <= ZONE_RESOLUTION:
+        raise ValueError(f"resolution: must be from 0 to {ZONE_RESOLUTION}, got {resolution}")
+    return _to_h3("coarse", coarse, resolution)
+
+
+def cell_centers(cell: U32) -> tuple[F64, Bool]:
+    """Centres of cells u32[n] of resolution 7: unit vectors f64[n, 3], and bool[n], whether there is such a cell.
+
+    Raises: TypeError for another dtype, ValueError for another shape.
+    """
+    _check_column("cell", cell, np.uint32)
+    vector, reach = np.empty((len(cell), 3)), np.empty(len(cell))
+    cell_kernels.cell_centers(np.ascontiguousarray(cell), CELL_RESOLUTION, cell_tables(), vector, reach)
+    return vector, reach >= 0.0
 
 
 def h3_to_cells(h3_index: U64) -> U32:

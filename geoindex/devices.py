@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geoindex import device_kernels as kernels
-from geoindex.columns import U8, U16, U32, U64
+from geoindex.columns import I64, U8, U16, U32, U64
 from geoindex.device_kernels import (
     COUNTS,
     FREE,
@@ -29,6 +29,7 @@ from geoindex.device_kernels import (
     TAIL_UNITS_MAX,
     DeviceColumns,
 )
+from geoindex.figure_kernels import count_told
 from geoindex.snapshot import Column, Fill
 
 _log = logging.getLogger(__name__)
@@ -188,6 +189,12 @@ class DeviceTable:
         word, bit = divmod(alert_slot, WORD_ALERTS)
         found = kernels.rows_told(self.columns.told, word, np.uint64(bit), self.row_count, rows)
         return rows[:found]
+
+    def told_counts(self, partner_count: int) -> I64:
+        """Devices told, by alert slot and partner, i64[slots, partners]."""
+        counts = np.zeros((self._told_words * WORD_ALERTS, partner_count), np.int64)
+        count_told(self.columns.records, self.columns.told, self.row_count, counts)
+        return counts
 
     def forget_told(self, alert_slot: int) -> None:
         """Clear an alert's bit of every row."""

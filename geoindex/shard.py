@@ -27,6 +27,7 @@ from geoindex.entries import (
     EMISSION_VERSION,
     FORMAT_VERSION,
     HASH_NAME,
+    HOUR_MS,
     AlertClose,
     AlertRevision,
     LogEntry,
@@ -36,9 +37,11 @@ from geoindex.entries import (
 from geoindex.kernels import hash_secrets
 from geoindex.match_kernels import ACCEPTED, FROM_THE_FUTURE, HITS, PING_COUNTS, SLOW, TOO_OLD
 from geoindex.rings import radius_km
-from geoindex.snapshot import Columns, Fill, MachineState, Snapshot, copied, room_bytes
+from geoindex.snapshot import Columns, EndedAlert, Fill, MachineState, Snapshot, copied, room_bytes
 
 MINUTE_MS = 60_000
+ENDED_KEPT_MS = 24 * HOUR_MS
+"""How long the numbers of a closed alert stay in the machine: longer than it takes whoever publishes them."""
 HITS_MIN = 1 << 16
 
 
@@ -80,6 +83,7 @@ class ShardMachine:
         self._devices = devices or DeviceTable()
         self._alerts = alerts or AlertIndex()
         self._closed: set[str] = set()
+        self._ended: dict[str, EndedAlert] = {}
         self._last_desk_id = (0, 0)
         self._sweep_due_ms = 0
         self._due_ms = NEVER
@@ -113,6 +117,16 @@ class ShardMachine:
             )
             for opened in self._alerts.open.values()
         ]
+
+    def told_counts(self) -> dict[str, I64]:
+        """Devices told of each open alert, by partner index; only while no entry is applied."""
+        partner_count = 0 if self._settings is None else len(self._settings.partners)
+        counts = self._devices.told_counts(partner_count)
+        return {alert_id: counts[opened.slot] for alert_id, opened in self._alerts.open.items()}
+
+    def ended_alerts(self) -> tuple[EndedAlert, ...]:
+        """Alerts that told somebody and were closed within the last day."""
+        return tuple(self._ended.values())
 
     def apply(self, at_ms: int, entry: LogEntry) -> Pushes:
         """Apply one log entry with the time in its id; returns what it causes, in queue order.
@@ -161,6 +175,7 @@ class ShardMachine:
             told_words=self._devices.told_words,
             table_counts=tuple(self._devices.columns.counts.tolist()),
             counters=deepcopy(self.counters),
+            ended=self.ended_alerts(),
         )
 
     def columns(self) -> Columns:
@@ -185,6 +200,7 @@ class ShardMachine:
             machine._settings = state.settings
             machine._secrets = hash_secrets(state.settings.hash_key)
         machine._closed = set(state.closed)
+        machine._ended = {ended.alert_id: ended for ended in state.ended}
         machine._last_desk_id = state.last_desk_id
         machine._sweep_due_ms = state.sweep_due_ms
         machine._due_ms = machine._alerts.next_due_ms()
@@ -206,6 +222,8 @@ class ShardMachine:
             if self._settings is not None:
                 self._devices.sweep(minute_ms - self._settings.live_window_ms)
             self._sweep_due_ms = minute_ms + MINUTE_MS
+            kept_from_ms = minute_ms - ENDED_KEPT_MS
+            self._ended = {name: ended for name, ended in self._ended.items() if ended.closed_ms >= kept_from_ms}
         self.clock_ms = at_ms
 
     def _run_due(self, opened: OpenAlert) -> Iterator[Push]:
@@ -294,6 +312,8 @@ class ShardMachine:
         told = self._devices.rows_told(opened.slot)
         yield from self._tell(opened, "resolved", revision, told)
         if len(told):
+            counts = np.bincount(self._devices.partners_of(told))
+            self._ended[alert.alert_id] = EndedAlert(alert.alert_id, self.clock_ms, tuple(counts.tolist()))
             self._devices.forget_told(opened.slot)
         self._alerts.remove(opened)
         self._closed.add(alert.alert_id)

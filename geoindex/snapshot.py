@@ -50,6 +50,16 @@ class AlertState:
 
 
 @dataclass(frozen=True, slots=True)
+class EndedAlert:
+    """Whom a closed alert had told, and so sent `resolved`: the told bits themselves are gone."""
+
+    alert_id: str
+    closed_ms: int
+    told: tuple[int, ...]
+    """Devices by partner index; the partners of that time."""
+
+
+@dataclass(frozen=True, slots=True)
 class MachineState:
     """Everything of a shard machine but its columns. Times in ms since 1970, by the shard clock."""
 
@@ -68,6 +78,8 @@ class MachineState:
     table_counts: tuple[int, ...]
     """`counts` of the device table (`device_kernels`)."""
     counters: ShardCounters
+    ended: tuple[EndedAlert, ...] = ()
+    """Alerts closed within the last day, for counts of who was told; no push rests on them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,19 @@ import typer  # noqa: E402
 
 from tuanyuan.console import fail, note, notes  # noqa: E402
 
-_NO_KERNELS = {"-h", "--help", "warmup", "health", "alert", "pull", "dead-letters"}
+_NO_KERNELS = {
+    "-h",
+    "--help",
+    "warmup",
+    "health",
+    "alert",
+    "pull",
+    "dead-letters",
+    "partner",
+    "officer",
+    "operator",
+    "audit-log",
+}
 """Words in a command line that needs no kernels, so should not wait for them to be compiled."""
 
 app = typer.Typer(
@@ -38,24 +50,33 @@ def _add_commands() -> None:
     from tuanyuan.commands import (
         alert,
         audit,
+        audit_log,
         bench,
         dead_letters,
         demo,
         health,
         match,
+        officer,
+        operator,
+        partner,
         pull,
         retention,
         run,
         send,
+        serve,
         simulate,
         soak,
     )
 
-    for module in (match, run, send, pull, audit, demo, health, retention, bench, simulate, soak):
+    for module in (match, run, serve, send, pull, audit, demo, health, retention, bench, simulate, soak):
         name = module.__name__.rpartition(".")[2]
         app.command(name, epilog=module.EPILOG)(getattr(module, name))
     app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)
     app.add_typer(dead_letters.app, name="dead-letters", epilog=dead_letters.EPILOG)
+    app.add_typer(partner.app, name="partner", epilog=partner.EPILOG)
+    app.add_typer(officer.app, name="officer", epilog=officer.EPILOG)
+    app.add_typer(operator.app, name="operator", epilog=operator.EPILOG)
+    app.add_typer(audit_log.app, name="audit-log", epilog=audit_log.EPILOG)
 
 
 def main() -> None:

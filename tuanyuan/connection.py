@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +15,14 @@ import redis
 import typer
 
 from flows.config import FlowConfig
-from flows.log import read_settings
+from flows.log import SettingsMismatch, read_settings
 from flows.server import EmbeddedServer, connect
+from gateway.accounts import AccountRefused, Accounts
+from gateway.audit_log import AuditLog, HeadFile
+from gateway.config import GatewayConfig
+from gateway.keys import Sealer
 from geoindex.entries import Settings
-from tuanyuan.console import EXIT_USAGE, fail
+from tuanyuan.console import EXIT_REFUSED, EXIT_USAGE, fail
 
 ValkeyOption = Annotated[
     str | None,
@@ -71,3 +78,53 @@ def settings_of(client: redis.Redis) -> Settings:
     if settings is None:
         fail("the server has no logs yet: start `tuanyuan run` first")
     return settings
+
+
+# --- the gateway's accounts -------------------------------------------------------------------------------------------
+
+SecretFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The gateways' key file. Default: TUANYUAN_GATEWAY_SECRET_FILE, else gateway.key under --var; made if new."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """The accounts of the server that is already running, and the audit log, which every change is written to first."""
+
+    client: redis.Redis
+    config: GatewayConfig
+    sealer: Sealer
+    accounts: Accounts
+    audit: AuditLog
+
+    @property
+    def actor(self) -> str:
+        """Who is at this command line, as the audit log names them."""
+        return f"console:{getpass.getuser()}@{socket.gethostname()}"
+
+
+@contextmanager
+def registry(valkey: str | None, var: Path | None, secret_file: Path | None) -> Iterator[Registry]:
+    """Accounts and audit log; ends the command if there is no server, or what was asked for is refused."""
+    config = read_gateway_config(valkey=valkey, var=var, secret_file=secret_file)
+    with server(valkey, var) as client:
+        try:
+            sealer = Sealer.read(config.secret_path)
+        except (ValueError, OSError) as problem:
+            fail(f"the gateways' key file: {problem}")
+        audit = AuditLog(client, sealer, HeadFile(config.audit_head_path))
+        try:
+            yield Registry(client, config, sealer, Accounts(client, sealer), audit)
+        except (AccountRefused, SettingsMismatch) as refusal:
+            fail(str(refusal), EXIT_REFUSED)
+
+
+def read_gateway_config(**options: Any) -> GatewayConfig:
+    """Options and environment; ends the command with a clear error if they do not fit."""
+    try:
+        return GatewayConfig.read(os.environ, **options)
+    except ValueError as problem:
+        fail(str(problem), EXIT_USAGE)

@@ -11,8 +11,11 @@ from flows.log import RawEntry
 from flows.match import Entry, decode, step
 from flows.push_commands import PushCommands
 from flows.wire import encode_entry, encode_pings, slice_pings, split_by_shard
+from geoindex.cells import cell_centers
 from geoindex.columns import PingBatch
 from geoindex.entries import DEFAULT_SCHEDULE, HOUR_MS, Alert, AlertClose, AlertRevision, LogEntry, Settings, Tick
+from geoindex.figure_kernels import add_pushed
+from geoindex.phones import PhoneCounts
 from geoindex.shard import ShardMachine
 from loadtest.world import World
 
@@ -51,6 +54,7 @@ def run_every_kernel() -> None:
         decoded = decode(RawEntry(0, at_ms, seq, kind, payload, ""))
         assert isinstance(decoded, Entry)
         caused = step(machine, decoded)
+        _count(machine)
         PushCommands(0).add((at_ms, seq), caused.pushes.segments, caused.partners)
     # What a sender does, with columns of its own: Numba tells them from those that were decoded.
     two_shards = replace(settings, shard_count=2)
@@ -61,8 +65,18 @@ def run_every_kernel() -> None:
     at_ms_column = np.empty(1, np.int64)
     accepted = np.empty(1, np.bool_)
     one = np.zeros(1, np.int64)
+    cell_centers(np.zeros(1, np.uint32))  # as the gateway asks
     clock_of_arrivals(one, one, NO_CLOCK, 1, at_ms_column, accepted)
     clock_of_observations(one, 1, NO_CLOCK, 1, at_ms_column, accepted)
+
+
+def _count(machine: ShardMachine) -> None:
+    """What a flow counts besides (`flows.figures`)."""
+    phones = PhoneCounts(places=2)  # so that it grows
+    phones.add_rows(machine.device_table, 0, machine.device_table.row_count, 0)
+    machine.told_counts()
+    nothing = np.zeros(0, np.uint32)
+    add_pushed(nothing, np.zeros(0, np.uint16), nothing, np.zeros((1, 1), np.int64))
 
 
 def _recorded(batch: PingBatch) -> PingBatch:

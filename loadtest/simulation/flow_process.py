@@ -37,6 +37,7 @@ class FlowProcess(Process):
             shards=",".join(map(str, shards)),
             idle_wait_ms=0,
             unsafe_server=False,
+            figures=False,
             **options,
         )
         self.flow = LiveFlow(config, client, settings, clock=self.clock, disk=self.disk)
@@ -44,7 +45,7 @@ class FlowProcess(Process):
         source, sink = self.flow.source, self.flow.sink
         self._partitions = {shard: source.build_part("log", shard_key(shard), None) for shard in shards}
         self._sinks = {shard: sink.build_part("queues", shard_key(shard), None) for shard in shards}
-        self._logics = {shard: ShardLogic(self.flow.machine_of, self.flow.checkpointer.after_entry) for shard in shards}
+        self._logics = {shard: ShardLogic(self.flow.machine_of, self.flow.after_entry) for shard in shards}
         self._reader = Actor(self, "reader", self._read, 4)
         world.actors += [
             self._reader,

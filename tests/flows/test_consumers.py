@@ -143,6 +143,42 @@ def test_entry_deleted_since_its_delivery_is_passed_over(client: redis.Redis) ->
     assert devices(consumer_of(client).read(block_s=0)) == ["b", "c"]
 
 
+def test_taking_is_bounded_by_entries_over_all_shards_and_every_shard_has_its_turn(client: redis.Redis) -> None:
+    for shard in range(SHARD_COUNT):
+        for number in range(1, 8):
+            put(client, shard, push_id((7, 0), number), push(ids=(f"{shard}-{number}",)))
+    consumer = consumer_of(client)
+    taken = [devices(consumer.take(4, 1_000, 1)) for _ in range(5)]
+    assert [len(part) for part in taken] == [4, 4, 4, 2, 0]
+    assert [part[0] for part in taken[:2]] == ["0-1", "1-3"]
+    for shard in "01":
+        got = [device_id for part in taken for device_id in part if device_id[0] == shard]
+        assert got == [f"{shard}-{number}" for number in range(1, 8)]
+
+
+def test_one_shard_alone_fills_what_is_taken(client: redis.Redis) -> None:
+    for number in range(1, 8):
+        put(client, 1, push_id((7, 0), number), push(ids=(f"{number}",)))
+    assert devices(consumer_of(client).take(6, 1_000, 1)) == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_taking_never_exceeds_the_devices_that_were_asked_for(client: redis.Redis) -> None:
+    for number in range(1, 8):
+        put(client, number % 2, push_id((7, 0), number), push(ids=tuple(f"{number}{letter}" for letter in "abc")))
+    consumer = consumer_of(client)
+    sizes = [len(devices(consumer.take(100, 8, 4))) for _ in range(5)]
+    assert sizes == [6, 6, 6, 3, 0]
+
+
+@pytest.mark.usefixtures("filled")
+def test_what_is_given_back_is_taken_at_once_and_claims_are_bounded_too(client: redis.Redis) -> None:
+    consumer = consumer_of(client)
+    consumer.give_back(consumer.take(10, 1_000, 1))
+    taken = [devices(consumer.take(2, 1_000, 1)) for _ in range(3)]
+    assert sorted(taken[0] + taken[1]) == ["a", "b", "c"]
+    assert [len(part) for part in taken] == [2, 1, 0]
+
+
 @pytest.mark.parametrize("name", ["", "two words", "x" * 129])
 def test_consumer_names_are_checked(client: redis.Redis, name: str) -> None:
     with pytest.raises(ValueError, match="consumer must have 1 to 128 characters"):

@@ -166,6 +166,7 @@ def test_every_attribute_is_either_state_or_made_anew() -> None:
         "_devices",
         "_alerts",
         "_closed",
+        "_ended",
         "_last_desk_id",
         "_sweep_due_ms",
     }
