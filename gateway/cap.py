@@ -11,9 +11,9 @@ may not do, the desk refuses as for JSON; every message and every refusal stands
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
+from urllib.parse import quote
 
 import anyio.to_thread
 import msgspec
@@ -24,13 +24,14 @@ from starlette.responses import Response
 from flows.desk import DeskAlert
 from gateway.accounts import AnyAccount, Caller, OfficerAccount
 from gateway.alert_models import AlertId, CloseRequest, EditRequest, PublishRequest, Receipt, Strict, Time
+from gateway.alert_views import headline_of, photo_url, words_of
 from gateway.audit_log import DONE, REFUSED
 from gateway.cap_alerts import AlertWords, alert_id_of, alert_message, desk_events, history
 from gateway.cap_messages import CapMessage, Reference, cap_time, message_bytes, read_message
 from gateway.cap_orders import CapOrder, message_digest, read_order
 from gateway.cap_signatures import NO_CERTIFICATES, CapCertificates, Signed, utc_now
 from gateway.cap_xml import CAP_BYTES_MAX, CapRefused, brief, parse_cap
-from gateway.cases import Case, read_case
+from gateway.cases import Case, Words, read_case
 from gateway.config import GatewayConfig
 from gateway.desk_service import DeskService, page_url
 from gateway.errors import Problem, responses
@@ -44,7 +45,6 @@ CLAIM_S = 24 * 3600
 MESSAGE_S = 400 * 24 * 3600
 """How long a message that was done can be referred to: longer than any alert is open."""
 
-_URL = re.compile(r"https?://(?:[A-Za-z0-9._~:/?@!$&'()*+,;=-]|%[0-9A-Fa-f]{2}){1,2000}")
 _STATUSES = {"too_large": 413, "not_xml": 400, "document_type": 400}
 """Of refusals by their reason; 422 for all others."""
 
@@ -440,20 +440,12 @@ def _valid(model: type[_M], fields: dict[str, Any]) -> _M:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def public_words(base_url: str, known: DeskAlert, case: Case | None) -> AlertWords:
-    """What everybody may read of an open alert; what was published at the terminal has its words at the desk."""
-    words = None if case is None else case.words
-    if case is None or words is None:
-        content = known.content
-        photo_url = content.get("photo_url", "")
-        text = "\n\n".join(part for name in ("description", "instruction") if (part := content.get(name)))
-        headline, contact = content.get("headline", ""), content.get("contact", "")
-        return AlertWords(
-            headline=headline, text=text, contact=contact, photo_url=photo_url if _URL.fullmatch(photo_url) else ""
-        )
+def public_words(gateway: Gateway, known: DeskAlert, case: Case | None) -> AlertWords:
+    """What everybody may read of an open alert."""
+    words = words_of(known, case) or Words()
     child = words.child
     return AlertWords(
-        headline=words.headline,
+        headline=words.headline or headline_of(words),
         text=words.text,
         place=words.place,
         contact=words.contact,
@@ -462,8 +454,13 @@ def public_words(base_url: str, known: DeskAlert, case: Case | None) -> AlertWor
         age="" if child.age is None else str(child.age),
         clothes=child.clothes,
         features=child.features,
-        photo_url="" if case.photo is None else f"{base_url}/a/{known.alert.alert_id}/photo",
+        photo_url=photo_url(gateway, case) or "",
     )
+
+
+def cap_url(gateway: Gateway, alert_id: str) -> str:
+    """Where an alert is read as CAP."""
+    return f"{gateway.config.base_url}/v1/alerts/{quote(alert_id, safe='')}/cap"
 
 
 def is_public(known: DeskAlert) -> bool:
@@ -474,9 +471,8 @@ def is_public(known: DeskAlert) -> bool:
 def current_message(gateway: Gateway, known: DeskAlert, case: Case | None) -> CapMessage:
     """The message that stands for an alert now. Raises redis.RedisError."""
     past = history(known, desk_events(gateway.client, known), gateway.desk.now_ms())
-    base_url = gateway.config.base_url
-    words = AlertWords() if past.is_ended else public_words(base_url, known, case)
-    return alert_message(past, words, base_url, page_url(gateway, known.alert.alert_id))
+    words = AlertWords() if past.is_ended else public_words(gateway, known, case)
+    return alert_message(past, words, gateway.config.base_url, page_url(gateway, known.alert.alert_id))
 
 
 class CapXml(Response):

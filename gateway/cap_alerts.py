@@ -32,6 +32,7 @@ EVENT = "儿童失踪 Child Abduction Emergency"
 EVENT_CODE = ("SAME", "CAE")
 """Child Abduction Emergency, of the codes that EAS and NOAA Weather Radio use (47 CFR 11.31)."""
 ENDED_HEADLINE = "搜寻已结束 The search has ended"
+EXERCISE_NOTE = "演习，没有儿童失踪。Exercise: no child is missing."
 SCHEDULE_PARAMETER = "tuanyuan:schedule"
 """The ring's own schedule, [[hours, km], ..., [null, km]]: CAP's circle is the ring at the moment of sending."""
 CHILD_PARAMETERS = {
@@ -215,6 +216,7 @@ def alert_message(past: History, words: AlertWords, sender: str, page_url: str) 
         addresses=alert.audience or (),
         references=references,
         infos=(info,),
+        note=EXERCISE_NOTE if alert.status == "exercise" else None,
     )
 
 

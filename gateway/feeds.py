@@ -19,7 +19,6 @@ import threading
 from dataclasses import dataclass, field
 from email.utils import format_datetime
 from typing import Annotated, Any, Literal, cast
-from urllib.parse import quote
 
 import orjson
 import redis
@@ -28,27 +27,26 @@ from lxml import etree
 from pydantic import Field
 from starlette.responses import Response
 
-from flows.clock import Clock
-from flows.desk import ALERT_IDS_KEY, DESK_KEY, Desk, DeskAlert
+from flows.desk import ALERT_IDS_KEY, DESK_KEY, DeskAlert
 from flows.log import FIRST, LogId, format_id, last_id, parse_id
 from flows.server import worth_a_line
 from flows.wire import MalformedEntry, decode_entry
 from gateway.alert_models import TIME_MS_MAX, Location, Strict, Time, moment
-from gateway.cap import is_public, public_words
+from gateway.alert_views import ENDED_SHOWN_MS, ended_at_ms, is_matching
+from gateway.cap import cap_url, is_public, public_words
 from gateway.cap_alerts import ENDED_HEADLINE, AlertWords, History, alert_message, desk_events, history
 from gateway.cap_messages import CapMessage, write_message
 from gateway.cap_signatures import utc_now
 from gateway.cases import read_cases
+from gateway.desk_service import page_url
 from gateway.errors import Problem, responses
 from gateway.ring_shapes import ring_geometry
 from gateway.runtime import Gateway, gateway_of
-from geoindex.entries import AUTO_CLOSE_MS, HOUR_MS, AlertClose, AlertRevision
+from geoindex.entries import AUTO_CLOSE_MS, AlertClose, AlertRevision
 from geoindex.rings import radius_km
 
 logger = logging.getLogger(__name__)
 
-NOTICE_MS = 24 * HOUR_MS
-"""How long the end of a search stands in the feeds: whoever polls once a day hears of it."""
 WAIT_S = 1.0
 """Longest wait for the desk: so late may a growth be shown."""
 WORDS_S = 10.0
@@ -269,13 +267,6 @@ class _Known:
     words: AlertWords = field(default_factory=AlertWords)
 
 
-def _ended_ms(alert: DeskAlert, now_ms: int) -> int | None:
-    """When a search ended; None: it goes on."""
-    if alert.outcome is not None:
-        return alert.changed_at_ms
-    return None if alert.is_open(now_ms) else alert.alert.expires_at_ms + AUTO_CLOSE_MS
-
-
 def _withdrawn_ms(known: _Known) -> int:
     """When an alert that is for some partners alone stopped to be for everybody; 0: it never was."""
     withdrawn_ms = 0
@@ -290,11 +281,12 @@ def _withdrawn_ms(known: _Known) -> int:
 class FeedKeeper:
     """The three feeds, kept up with the desk by a thread. `refresh` is one look; the endpoints read `documents`."""
 
-    def __init__(self, client: redis.Redis, base_url: str, clock: Clock) -> None:
-        self._client = client
-        self._desk = Desk(client)
-        self._base_url = base_url
-        self._clock = clock
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._client = gateway.client
+        self._desk = gateway.desk
+        self._base_url = gateway.config.base_url
+        self._clock = gateway.clock
         self._seen: LogId | None = None
         """Of the desk's stream; None: nothing was read yet."""
         self._known: dict[str, _Known] = {}
@@ -360,9 +352,9 @@ class FeedKeeper:
             alert = self._desk.show(alert_id)
             if alert is None or alert.alert.status != "actual":
                 continue
-            ended_ms = _ended_ms(alert, now_ms)
-            if ended_ms is not None and is_public(alert) and now_ms >= ended_ms + NOTICE_MS:
-                self._changed_ms = max(self._changed_ms, ended_ms + NOTICE_MS)
+            ended_ms = ended_at_ms(alert, now_ms)
+            if ended_ms is not None and is_public(alert) and now_ms >= ended_ms + ENDED_SHOWN_MS:
+                self._changed_ms = max(self._changed_ms, ended_ms + ENDED_SHOWN_MS)
                 continue
             known = _Known(alert, desk_events(self._client, alert))
             if is_public(alert):
@@ -399,7 +391,7 @@ class FeedKeeper:
         changed = False
         for alert_id, case in zip(open_ids, read_cases(self._client, open_ids), strict=True):
             known = self._known[alert_id]
-            words = public_words(self._base_url, known.alert, case)
+            words = public_words(self._gateway, known.alert, case)
             changed = changed or words != known.words
             known.words = words
         return changed
@@ -411,21 +403,22 @@ class FeedKeeper:
             past = history(known.alert, known.events, now_ms)
             alert, last_ms = past.alert, past.last.sent_ms
             self._changed_ms = max(self._changed_ms, last_ms)
-            ended_ms = _ended_ms(known.alert, now_ms)
+            ended_ms = ended_at_ms(known.alert, now_ms)
             if ended_ms is not None:
                 known.words = AlertWords()
-                if now_ms >= ended_ms + NOTICE_MS:
-                    self._changed_ms = max(self._changed_ms, ended_ms + NOTICE_MS)
+                if now_ms >= ended_ms + ENDED_SHOWN_MS:
+                    self._changed_ms = max(self._changed_ms, ended_ms + ENDED_SHOWN_MS)
                     del self._known[alert_id]
                     continue
-                dues.append(ended_ms + NOTICE_MS)
-            elif now_ms >= alert.expires_at_ms:
+                dues.append(ended_ms + ENDED_SHOWN_MS)
+            elif not is_matching(known.alert, now_ms):
                 # Nobody new is told; an edit can bring it back, and when it ends that stands here for a day.
-                self._changed_ms = max(self._changed_ms, alert.expires_at_ms)
+                self._changed_ms = max(self._changed_ms, alert.expires_at_ms + 1)
                 dues.append(alert.expires_at_ms + AUTO_CLOSE_MS)
                 continue
             else:
-                dues.append(min(past.next_growth_ms or alert.expires_at_ms, alert.expires_at_ms))
+                expired_ms = alert.expires_at_ms + 1
+                dues.append(min(past.next_growth_ms or expired_ms, expired_ms))
             entries.append(self._entry(past, known.words))
         entries.sort(key=lambda entry: (-entry.updated_ms, entry.alert_id))
         self._documents = {
@@ -437,10 +430,9 @@ class FeedKeeper:
         self._builds += 1
 
     def _entry(self, past: History, words: AlertWords) -> Entry:
-        name = quote(past.alert.alert_id, safe="")
-        url = f"{self._base_url}/a/{name}"
+        url = page_url(self._gateway, past.alert.alert_id)
         message = alert_message(past, words, self._base_url, url)
-        return Entry(past, words, message, url, f"{self._base_url}/v1/alerts/{name}/cap")
+        return Entry(past, words, message, url, cap_url(self._gateway, past.alert.alert_id))
 
     def _run(self) -> None:
         failures = 0
@@ -466,7 +458,7 @@ class FeedKeeper:
 
 def start(gateway: Gateway) -> FeedKeeper:
     """Keep the feeds from now on."""
-    keeper = FeedKeeper(gateway.client, gateway.config.base_url, gateway.clock)
+    keeper = FeedKeeper(gateway)
     keeper.start()
     return keeper
 
