@@ -79,7 +79,7 @@ class AlertWords:
             ("特征", self.features),
             ("最后出现地点", self.place),
         )
-        details = ";".join(f"{label}:{value}" for label, value in labelled if value)
+        details = "；".join(f"{label}：{value}" for label, value in labelled if value)
         return "\n".join(part for part in (details, self.text) if part)
 
 

@@ -14,7 +14,6 @@ import re
 import threading
 from functools import cache
 from importlib.resources import files
-from typing import cast
 
 from lxml import etree
 
@@ -170,6 +169,7 @@ _EXPECTED = re.compile(r"Expected is (?:one of )?\( (.*) \)\.$")
 _SET = re.compile(r"is not an element of the set (\{.*\})\.$")
 _TYPE = re.compile(r"is not a valid value of the (?:local )?atomic type(?: 'xs:(\w+)')?\.$")
 _TIME_ELEMENTS = ("sent", "effective", "onset", "expires")
+_ELEMENT = re.compile(r"Element '([^']*)'")
 CAP_TIME = "a time like 2026-05-01T18:00:00+08:00 (seconds, and an offset that is no letter)"
 
 
@@ -179,16 +179,25 @@ def _check_schema(root: etree._Element) -> None:
         if schema.validate(root):
             return
         first = schema.error_log[0]
-    found = root.xpath(first.path, smart_strings=False) if first.path else [root]
-    node = found[0] if isinstance(found, list) and found and isinstance(found[0], etree._Element) else root
-    raise _schema_refusal(node, first.message)
+    raise _schema_refusal(_element_at(root, first.path), first.message)
+
+
+def _element_at(root: etree._Element, path: str | None) -> etree._Element:
+    """What a validator's path leads to; of an element with a prefix, which no path can say, the one around it."""
+    while path:
+        try:
+            return root.xpath(path)[0]
+        except (etree.XPathEvalError, IndexError):
+            path = path.rpartition("/")[0]
+    return root
 
 
 def _schema_refusal(node: etree._Element, message: str) -> CapRefused:
     """The validator's first complaint about an element in our words."""
     message = _NAMESPACE.sub("", message.replace(f"{{{SIGNATURE_NAMESPACE}}}*", "Signature"))
+    about = _ELEMENT.match(message)
+    name = about[1] if about is not None else etree.QName(node).localname
     path = element_path(node)
-    name = path.rpartition("/")[2]
     expected = message.partition(": ")[2] or message
     came = brief(text_of(node))
     if (wanted := _EXPECTED.search(message)) is not None:
@@ -196,7 +205,9 @@ def _schema_refusal(node: etree._Element, message: str) -> CapRefused:
         if "Missing child element" in message:
             expected, came = f"element {expected} in it", "its end"
         else:
-            expected, came, path = f"element {expected} here", f"element {name}", path.rpartition("/")[0] or path
+            parent = node.getparent() if etree.QName(node).localname == name else node
+            path = element_path(node if parent is None else parent)
+            expected, came = f"element {expected} here", f"element {brief(name)}"
     elif (values := _SET.search(message)) is not None:
         expected = "one of " + values[1].strip("{}").replace("'", "")
     elif name in _TIME_ELEMENTS and ("facet 'pattern'" in message or _TYPE.search(message)):
@@ -205,7 +216,7 @@ def _schema_refusal(node: etree._Element, message: str) -> CapRefused:
         expected = f"a value of type {kind[1] or 'of CAP 1.2'}"
     elif len(expected) > 2 * _BRIEF_CHARS_MAX:
         expected = expected[: 2 * _BRIEF_CHARS_MAX] + "…"
-    return CapRefused("schema", path, expected, came, cast("int | None", node.sourceline))
+    return CapRefused("schema", path, expected, came, node.sourceline)
 
 
 def text_of(element: etree._Element) -> str:
