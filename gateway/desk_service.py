@@ -268,7 +268,12 @@ class DeskService:
     # --- how it is done ---------------------------------------------------------------------------------------------
 
     def _claim(
-        self, caller: Caller[OfficerAccount], event: str, alert_id: str, request: EditRequest | CloseRequest, key: str | None
+        self,
+        caller: Caller[OfficerAccount],
+        event: str,
+        alert_id: str,
+        request: EditRequest | CloseRequest,
+        key: str | None,
     ) -> Claim | None:
         if key is None:
             return None
@@ -278,7 +283,9 @@ class DeskService:
         return Claim(self._gateway.client, caller.actor, f"key:{key}", digest)
 
     @contextmanager
-    def _recorded(self, caller: Caller[OfficerAccount], action: str, target: str, details: Mapping[str, Any]) -> Iterator[None]:
+    def _recorded(
+        self, caller: Caller[OfficerAccount], action: str, target: str, details: Mapping[str, Any]
+    ) -> Iterator[None]:
         """The action between its two audit rows; the second says as what it failed."""
         with self._gateway.audit.recording(caller.actor, action, target, details) as result:
             try:

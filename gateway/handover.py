@@ -1,11 +1,11 @@
-"""Handing pushes over to partners by HTTP: names of queue entries, acknowledging them, and counting what was handed over.
+"""Handing pushes over by HTTP: names of queue entries, acknowledging them, and counting what was handed over.
 
     push:{s3}:amap ──take──> delivered ──acknowledge──> off the group's list, and counted in handed:{s3}, in one script
     dead:{s3}:amap ──replayed ─^              └─ a dead letter that was replayed is deleted as well
 
 Long polls and webhooks are two ways to the same consumer group: a push is handed over once, whichever way its partner
-has chosen, and who changes the way neither loses nor repeats what is on it. A group of their own for webhooks would keep
-every queue for the way that is no longer used, and count a push twice.
+has chosen, and who changes the way neither loses nor repeats what is on it. A group of their own for webhooks would
+keep every queue for the way that is no longer used, and count a push twice.
 
 `handed:{s3}` counts devices by alert, partner, kind of push and what happened to it. It has the shard's tag, not the
 desk's, because only then one script can acknowledge and count on a cluster; whoever asks adds the shards up.
@@ -57,6 +57,13 @@ local function replayed_letters()
   return letters
 end
 
+-- msgpack binary at a position, and what follows it: the decoder here knows texts only.
+local function binary(packed, at)
+  local width, size = 2 ^ (packed:byte(at) - 0xc4), 0
+  for index = at + 1, at + width do size = size * 256 + packed:byte(index) end
+  return packed:sub(at + width + 1, at + width + size), at + width + size + 1
+end
+
 local function count(payload)
   local decoded, push = pcall(cmsgpack.unpack, payload)
   if not decoded or type(push) ~= 'table' then return end
@@ -77,7 +84,8 @@ for index = 3, #ARGV do
     if letter then
       acknowledged = redis.call('XACK', dead, group, letter[1])
       redis.call('XDEL', dead, letter[1])
-      count(cmsgpack.unpack(letter[2])[1][2])
+      local _, at = binary(letter[2], 3)  -- one pair in one array: a field's name and its value
+      count((binary(letter[2], at)))
       replayed[id] = nil
     end
   end
@@ -134,10 +142,33 @@ def acknowledge(client: redis.Redis, partner: str, names: Iterable[EntryName]) -
         for start in range(0, len(of_shard), ACKNOWLEDGED_AT_ONCE):
             part = of_shard[start : start + ACKNOWLEDGED_AT_ONCE]
             answers = script(keys, [GROUP, partner, *(format_id(name.entry_id) for name in part)])
-            found.update(
-                name for name, answer in zip(part, cast(list[int], answers), strict=True) if answer
-            )
+            found.update(name for name, answer in zip(part, cast(list[int], answers), strict=True) if answer)
     return found
+
+
+_LEAVE = """
+for _, key in ipairs(KEYS) do
+  local consumers = redis.pcall('XINFO', 'CONSUMERS', key, ARGV[1])
+  if not consumers.err then
+    for _, flat in ipairs(consumers) do
+      local consumer = {}
+      for at = 1, #flat, 2 do consumer[flat[at]] = flat[at + 1] end
+      if consumer['pending'] == 0 and (consumer['name'] == ARGV[2] or consumer['idle'] > tonumber(ARGV[3])) then
+        redis.call('XGROUP', 'DELCONSUMER', key, ARGV[1], consumer['name'])
+      end
+    end
+  end
+end
+"""
+FORGOTTEN_MS = 24 * 3_600_000
+"""A consumer that has nothing and has not asked for so long is the name of a process that died."""
+
+
+def leave_group(client: redis.Redis, partner: str, shard_count: int, consumer: str) -> None:
+    """Take a consumer's name off the group, where nothing is pending under it; and names that nobody uses any more."""
+    script = client.register_script(_LEAVE)
+    for shard in range(shard_count):
+        script([push_key(shard, partner), dead_key(shard, partner)], [GROUP, consumer, FORGOTTEN_MS])
 
 
 # --- what was handed over ---------------------------------------------------------------------------------------------

@@ -225,8 +225,8 @@ class Crowds:
                 raise Problem(
                     503,
                     "no-counts",
-                    f"{len(density.missing)} of the shards have not counted their phones lately, as each does once a minute: "
-                    "is every flow running?",
+                    f"{len(density.missing)} of the shards have not counted their phones lately: is every flow running? "
+                    "Each counts once a minute",
                     headers={"Retry-After": "30"},
                 )
             table = crowd_table(density)

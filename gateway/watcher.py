@@ -40,18 +40,23 @@ UNBLOCK_EVERY_S = 0.002
 
 
 class QueueWatcher:
-    """Wakes coroutines of one event loop. Started and stopped from that loop."""
+    """Wakes coroutines of one event loop."""
 
     def __init__(
-        self, client: redis.Redis, shard_count: int, metrics: Metrics = METRICS, clock: Clock = CLOCK
+        self,
+        client: redis.Redis,
+        loop: asyncio.AbstractEventLoop,
+        metrics: Metrics = METRICS,
+        clock: Clock = CLOCK,
     ) -> None:
         self._client = client
-        self._shard_count = shard_count
+        self._loop = loop
         self._metrics = metrics
         self._clock = clock
         self._changed = threading.Condition()
         # All of these are under its lock.
         self._events: dict[str, set[asyncio.Event]] = {}
+        self._shard_counts: dict[str, int] = {}
         self._leave_at_s: dict[str, float] = {}
         """Partners that nobody waits for any more."""
         self._tails: dict[str, dict[str, str]] = {}
@@ -59,19 +64,14 @@ class QueueWatcher:
         self._blocked_id: int | None = None
         """Of the connection that may be blocked now, in a read that does not know of partners that came since."""
         self._stopping = False
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="queue-watcher", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; from the loop whose coroutines will wait."""
-        self._loop = asyncio.get_running_loop()
+        """Start the thread."""
         self._thread.start()
 
-    async def stop(self) -> None:
-        """End the thread and wake everybody."""
-        await anyio.to_thread.run_sync(self._stop)
-
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the thread and wake everybody. Blocks."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -79,7 +79,7 @@ class QueueWatcher:
         self._thread.join(10)
 
     @asynccontextmanager
-    async def watching(self, partner: str) -> AsyncIterator[asyncio.Event]:
+    async def watching(self, partner: str, shard_count: int) -> AsyncIterator[asyncio.Event]:
         """An event that is set when pushes of the partner may have come, and first when they are being watched for.
 
         Whoever waits clears it and then looks: in this order.
@@ -87,6 +87,7 @@ class QueueWatcher:
         event = asyncio.Event()
         with self._changed:
             self._events.setdefault(partner, set()).add(event)
+            self._shard_counts[partner] = shard_count
             self._leave_at_s.pop(partner, None)
             known = partner in self._tails
             self._changed.notify()
@@ -183,7 +184,7 @@ class QueueWatcher:
             self._wake(fresh)
             tails = {stream: tail for streams in self._tails.values() for stream, tail in streams.items()}
             # From here on somebody may end the read: whoever comes now is not in it.
-            self._blocked_id = cast(int, blocked_id)
+            self._blocked_id = blocked_id
             if self._stopping:
                 return
         try:
@@ -202,7 +203,7 @@ class QueueWatcher:
             self._wake(woken)
 
     def _learn_tails(self, connection: redis.Redis, partner: str) -> dict[str, str]:
-        streams = [push_key(shard, partner) for shard in range(self._shard_count)]
+        streams = [push_key(shard, partner) for shard in range(self._shard_counts[partner])]
         with connection.pipeline(transaction=False) as pipeline:
             for stream in streams:
                 cast(Any, pipeline).xinfo_stream(stream)
@@ -219,7 +220,6 @@ class QueueWatcher:
 
     def _wake(self, partners: Iterable[str]) -> None:
         """Under the lock."""
-        assert self._loop is not None
         events = [event for partner in partners for event in self._events.get(partner, ())]
         if events:
             try:

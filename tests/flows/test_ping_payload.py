@@ -31,6 +31,8 @@ def test_payload_of_the_plain_encoder_is_the_wires(ids: list[str]) -> None:
 
 
 def test_encoder_loads_no_compiler() -> None:
-    code = "import sys, flows.ping_payload; print([name for name in ('numba', 'redis', 'fastapi') if name in sys.modules])"
+    code = (
+        "import sys, flows.ping_payload; print([name for name in ('numba', 'redis', 'fastapi') if name in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
