@@ -1,6 +1,6 @@
 """What map and social partners poll: the open alerts as an Atom index of CAP messages, as GeoJSON, and as JSON.
 
-    desk stream ──XREAD──> FeedKeeper, one thread: which alerts changed, what grew ──> bytes of three feeds
+    desk stream ──look────> FeedKeeper, one thread: which alerts changed, what grew ──> bytes of three feeds
                                                                                             │
     10,000 pollers ──If-None-Match──> 304, or the bytes as they are ────────────────────────┘
 
@@ -28,7 +28,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from flows.desk import ALERT_IDS_KEY, DESK_KEY, DeskAlert
-from flows.log import FIRST, LogId, format_id, last_id, parse_id
+from flows.log import LogId, format_id, last_id, parse_id
 from flows.server import worth_a_line
 from flows.wire import MalformedEntry, decode_entry
 from gateway.alert_models import TIME_MS_MAX, Location, Strict, Time, moment
@@ -47,8 +47,8 @@ from geoindex.rings import radius_km
 
 logger = logging.getLogger(__name__)
 
-WAIT_S = 1.0
-"""Longest wait for the desk: so late may a growth be shown."""
+LOOK_S = 0.25
+"""Between two looks at the desk, of two commands each: so late is a change shown."""
 WORDS_S = 10.0
 """So often words and pictures are compared, which can change without an event of the desk."""
 FRESH_S = 10.0
@@ -313,7 +313,7 @@ class FeedKeeper:
     def stop(self) -> None:
         """End, and wait for it."""
         self._stopping.set()
-        self._thread.join(WAIT_S + 10)
+        self._thread.join(10)
 
     def document(self, name: str) -> Document:
         """The feed of this name, "atom", "geojson" or "json", as it is now. Never blocks. Raises Problem 503."""
@@ -440,9 +440,7 @@ class FeedKeeper:
             try:
                 self.refresh()
                 failures = 0
-                # Wakes with the desk's next event.
-                after = format_id(self._seen or FIRST)
-                self._client.xread({DESK_KEY: after}, count=1, block=round(WAIT_S * 1000))
+                self._stopping.wait(LOOK_S)
             except redis.RedisError as error:
                 failures += 1
                 if worth_a_line(failures):
@@ -453,7 +451,7 @@ class FeedKeeper:
                 failures += 1
                 if worth_a_line(failures):
                     logger.exception("feeds cannot be made (try %d)", failures)
-                self._stopping.wait(WAIT_S)
+                self._stopping.wait(1.0)
 
 
 def start(gateway: Gateway) -> FeedKeeper:
