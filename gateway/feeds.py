@@ -457,6 +457,10 @@ class FeedKeeper:
 def start(gateway: Gateway) -> FeedKeeper:
     """Keep the feeds from now on."""
     keeper = FeedKeeper(gateway)
+    try:
+        keeper.refresh()  # so that the first poll finds the feeds
+    except redis.RedisError as error:
+        logger.warning("feeds cannot be made yet: %s", error)
     keeper.start()
     return keeper
 

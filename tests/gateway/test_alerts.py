@@ -195,7 +195,7 @@ def test_answer_says_when_copies_are_still_missing(
     answer = http.post("/v1/alerts", key=keys.county, json=wanted(), headers={"Idempotency-Key": "k"})
     assert (answer.status_code, answer.json()["copied"]) == (202, False)
     monkeypatch.undo()
-    again = http.post("/v1/alerts", key=keys.county, json=wanted(missing_since=answer.request and None or 0))
+    again = http.post("/v1/alerts", key=keys.county, json=wanted(missing_since=(answer.request and None) or 0))
     assert again.status_code == 422
 
 
