@@ -254,6 +254,11 @@ def _circle(element: etree._Element) -> Circle:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def xml_text(text: str) -> str:
+    """Text with a gap shown for each thing that XML cannot hold: control characters, halves of surrogate pairs."""
+    return _NOT_XML.sub("\ufffd", text)
+
+
 def cap_time(time_ms: int) -> str:
     """A time as CAP writes it, in Beijing; what is below a second is cut off. Years have four digits, 0001 to 9999."""
     moment = _FIRST + timedelta(seconds=max(0, min(_SECONDS, time_ms // 1000 - _FIRST_S)))
@@ -321,8 +326,7 @@ def _add_info(alert: etree._Element, info: CapInfo) -> None:
 
 def _add(parent: etree._Element, name: str, text: str | None) -> None:
     if text is not None:
-        # What XML cannot hold (control characters, halves of surrogate pairs) is shown as a gap.
-        etree.SubElement(parent, f"{_CAP}{name}").text = _NOT_XML.sub("\ufffd", text)
+        etree.SubElement(parent, f"{_CAP}{name}").text = xml_text(text)
 
 
 def _add_pairs(parent: etree._Element, name: str, pairs: Sequence[tuple[str, str]]) -> None:

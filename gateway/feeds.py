@@ -35,7 +35,7 @@ from gateway.alert_models import TIME_MS_MAX, Location, Strict, Time, moment
 from gateway.alert_views import ENDED_SHOWN_MS, ended_at_ms, is_matching
 from gateway.cap import cap_url, is_public, public_words
 from gateway.cap_alerts import ENDED_HEADLINE, AlertWords, History, alert_message, desk_events, history
-from gateway.cap_messages import CapMessage, write_message
+from gateway.cap_messages import CapMessage, write_message, xml_text
 from gateway.cap_signatures import utc_now
 from gateway.cases import read_cases
 from gateway.desk_service import page_url
@@ -251,7 +251,7 @@ def atom_document(entries: list[Entry], base_url: str, updated_ms: int) -> Docum
 
 def _atom(parent: etree._Element, name: str, text: str | None = None, **attributes: str) -> etree._Element:
     element = etree.SubElement(parent, f"{{{ATOM}}}{name}", attributes)
-    element.text = text
+    element.text = None if text is None else xml_text(text)
     return element
 
 

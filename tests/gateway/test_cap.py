@@ -229,7 +229,7 @@ def test_nothing_that_a_message_names_is_fetched(visited: tuple[str, list[str]])
             ]
         ),
     ]
-    outcomes = []
+    outcomes: list[str] = []
     for body in named:
         try:
             outcomes.append(order_of(body).action)

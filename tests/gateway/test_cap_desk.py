@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -284,9 +284,9 @@ def test_no_key_but_the_case_keeps_words_of_a_message(
 ) -> None:
     said = post(http, keys.county, alert_xml(sent_ms)).json()
     post(http, keys.county, alert_xml(sent_ms, identifier="18", infos=[info(shapes="")]))
-    for key in client.keys("*"):
-        kind = client.type(key)
-        held = repr(client.xrange(key)).encode() if kind == b"stream" else client.dump(key)
+    for key in cast("list[bytes]", client.keys("*")):
+        kind = cast(bytes, client.type(key))
+        held = repr(client.xrange(key)).encode() if kind == b"stream" else cast(bytes, client.dump(key))
         if key.decode() != f"case:{{desk}}:{said['alert_id']}":
             for word in WORDS:
                 assert word.encode() not in held, (key, word)

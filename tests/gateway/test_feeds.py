@@ -340,7 +340,7 @@ def test_feeds_that_cannot_be_compared_with_the_desk_are_not_given_away(
         keeper.document("json")
     assert early.value.status_code == 503
     keeper.refresh()
-    assert keeper.document("json")
+    assert keeper.document("json").body
     monkeypatch.setattr(keeper, "_looked_s", keeper._looked_s - 11)
     with pytest.raises(Problem, match="could not be read"):
         keeper.document("json")
