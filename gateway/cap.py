@@ -484,7 +484,7 @@ class CapXml(Response):
 @router.get(
     "/v1/alerts/{alert_id}/cap",
     summary="An alert as a CAP 1.2 message",
-    response_class=CapXml,
+    response_class=Response,
     responses={
         200: {"description": "One `alert` of CAP 1.2.", "content": {CAP_XML: {"schema": {"type": "string"}}}},
         **responses(401, 403, 404),
