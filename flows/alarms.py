@@ -28,6 +28,7 @@ ALARM_KINDS: dict[str, str] = {
     "figures": "live phones and told devices are not counted: previews and the figures of alerts stand still",
     "queue_unread": "a partner does not read its queue",
     "audit_log": "rows of the audit log were taken away",
+    "cases_unswept": "details of children may be kept for longer than promised",
     "alert_moved": "an alert is moved or shrunk again and again: does it look for somebody else than a child?",
 }
 """What each kind means."""

@@ -49,6 +49,9 @@ ROWS_AT_ONCE = 1 << 17
 """*Measured*: 1.3 ms (docs/decisions/0012-figures.md)."""
 SLICES_MAX = 32
 """A count has ended after so many entries: half a minute of ticks, if nothing else comes."""
+GROWTH = 2
+"""A table that has grown so much since the last count is counted again within the minute: a deployment that begins
+need not wait, and one that does not pays nothing."""
 LAG_MS_MAX = 60_000
 """A shard further behind than that is catching up, and does not count."""
 PAIRS_MAX = 1 << 20
@@ -92,50 +95,57 @@ class _Count:
     next_row: int = 0
 
 
+@dataclass(slots=True)
+class _Lane:
+    """What is known of one shard."""
+
+    minute: int = -1
+    """Of the last count's beginning, by the shard clock."""
+    row_count: int = 0
+    """Of the table, then."""
+    count: _Count | None = None
+    places: int = PLACES_MIN
+
+
 class DensityCounter:
     """Counts the phones of the shards of a process, in the thread that runs their machines. `take`: from another."""
 
     def __init__(self, metrics: Metrics = METRICS, clock: Clock = CLOCK) -> None:
         self._metrics = metrics
         self._clock = clock
-        self._minute: dict[int, int] = {}
-        self._count: dict[int, _Count] = {}
-        self._places: dict[int, int] = {}
+        self._lanes: dict[int, _Lane] = {}
         self._counted: dict[int, ShardDensity] = {}
 
     def begin(self, shard: int) -> None:
         """The shard starts, or starts anew: it counts as soon as it has caught up."""
-        self._count.pop(shard, None)
-        self._minute.pop(shard, None)
+        self._lanes[shard] = _Lane()
 
     def after_entry(self, raw: RawEntry, machine: ShardMachine) -> None:
         """A machine has seen an entry, and the next one waits: a part of a count, if there is one to be made."""
-        shard = raw.shard
-        count = self._count.get(shard)
-        if count is None:
-            minute = raw.ms // MINUTE_MS
-            if minute == self._minute.get(shard) or self._clock.now_ms() - raw.ms > LAG_MS_MAX:
+        lane = self._lanes[raw.shard]
+        if lane.count is None:
+            row_count = machine.device_table.row_count
+            is_due = raw.ms // MINUTE_MS != lane.minute or row_count > GROWTH * lane.row_count
+            if not is_due or self._clock.now_ms() - raw.ms > LAG_MS_MAX:
                 return
-            self._minute[shard] = minute
+            lane.minute, lane.row_count = raw.ms // MINUTE_MS, row_count
             live_from_ms = machine.clock_ms - machine.settings.live_window_ms
-            places = self._places.get(shard, PLACES_MIN)
-            count = _Count(machine, machine.clock_ms, raw.log_id, live_from_ms, PhoneCounts(places))
-            self._count[shard] = count
-        assert count.machine is machine, "a shard that gets another machine begins anew"
+            lane.count = _Count(machine, machine.clock_ms, raw.log_id, live_from_ms, PhoneCounts(lane.places))
         started_s = time.perf_counter()
-        table = machine.device_table
+        self._go_on(raw.shard, lane, lane.count)
+        self._metrics.observe("density_stop_ms", 1000 * (time.perf_counter() - started_s))
+
+    def _go_on(self, shard: int, lane: _Lane, count: _Count) -> None:
+        table = count.machine.device_table
         rows = table.row_count
         stop = min(rows, count.next_row + max(ROWS_AT_ONCE, -(-rows // SLICES_MAX)))
         count.counts.add_rows(table, count.next_row, stop, count.live_from_ms)
         count.next_row = stop
         if stop == rows:
-            del self._count[shard]
-            self._places[shard] = count.counts.places
-            partners = machine.settings.partners
+            lane.count, lane.places = None, count.counts.places
+            partners = count.machine.settings.partners
             # In one step: the other thread takes it, or the one before.
-            phones = count.counts.columns()
-            self._counted[shard] = ShardDensity(shard, count.at_ms, count.log_id, partners, phones)
-        self._metrics.observe("density_stop_ms", 1000 * (time.perf_counter() - started_s))
+            self._counted[shard] = ShardDensity(shard, count.at_ms, count.log_id, partners, count.counts.columns())
 
     def take(self) -> list[ShardDensity]:
         """Counts that have ended since the last call."""

@@ -190,6 +190,24 @@ class Desk:
 
         return self._change(alert_id, expected_revision, change, companion)
 
+    def forget_words(self, alert_id: str) -> None:
+        """Drop what an alert said in words. Its state and revision stay, and nobody is told."""
+        key = alert_key(alert_id)
+        while True:
+            with self._client.pipeline(transaction=True) as pipeline:
+                cast(Any, pipeline).watch(key)
+                known = _read_state(cast("bytes | None", self._client.get(key)))
+                if known is None:
+                    return
+                pipeline.multi()
+                pipeline.set(key, _write_state(replace(known, content={})))
+                try:
+                    pipeline.execute()
+                except redis.WatchError as error:
+                    raise_if_lost(error)
+                    continue
+            return
+
     def show(self, alert_id: str) -> DeskAlert | None:
         """One alert; None if there never was one of this id."""
         return _read_state(self._client.get(alert_key(alert_id)))

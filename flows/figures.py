@@ -38,12 +38,10 @@ class Figures:
         shards: Iterable[int],
         metrics: Metrics = METRICS,
         clock: Clock = CLOCK,
-        interval_s: float = INTERVAL_S,
     ) -> None:
         self._client = client
         self._metrics = metrics
         self._clock = clock
-        self._interval_s = interval_s
         self._density = DensityCounter(metrics, clock)
         self._tallies = TallyCounter()
         started_ms = round(clock.now_ms())
@@ -95,7 +93,7 @@ class Figures:
             self.publish()
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._interval_s):
+        while not self._stopping.wait(INTERVAL_S):
             self.publish()
 
     def publish(self) -> None:

@@ -21,6 +21,7 @@ second; `read_stats` adds the snapshots of all processes up.
     server_restarts_total                    server_disk_free_bytes           (of the embedded server's supervisor)
     aof_rewrites_total                       aof_rewrite_failures_total       aof_rewrite_age_ms (since the last began)
     aof_rewrite_duration_ms                  raw_pings_age_ms: no raw ping in the append-only file is older
+    cases_erased_total: children whose details the gateway has erased
     density_age_ms{shard}                    density_stop_ms (histogram)      figure_write_errors_total{figure}
 """
 

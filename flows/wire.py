@@ -560,18 +560,38 @@ def screen_pings(pings: PingColumns, partner_count: int) -> tuple[PingBatch, dic
     order kept; and how many were set aside, by reason (only reasons that occurred).
     `partner_count`: length of the settings' list at this place of the log.
     """
-    columns = (pings.partner, pings.id_bytes, pings.id_end, pings.lat_e7, pings.lng_e7)
-    batch = PingBatch(*columns, pings.observed_at_ms, pings.at_ms)
-    if not kernels.any_row_suspect(*columns, partner_count):
+    batch = batch_of(pings)
+    verdict = judge_pings(batch, partner_count)
+    if verdict is None:
         return batch, {}
+    counts = np.bincount(verdict, minlength=kernels.VERDICT_COUNT).tolist()
+    return keep_pings(batch, verdict), {
+        reason: counts[code] for reason, code in _SCREEN_REASONS.items() if counts[code]
+    }
+
+
+def batch_of(pings: PingColumns) -> PingBatch:
+    """The same columns as a batch, rows not screened."""
+    return PingBatch(
+        pings.partner, pings.id_bytes, pings.id_end, pings.lat_e7, pings.lng_e7, pings.observed_at_ms, pings.at_ms
+    )
+
+
+def judge_pings(batch: PingBatch, partner_count: int) -> U8 | None:
+    """What is wrong with each row, u8[n], as `wire_kernels` numbers it (0: nothing); None: with no row anything."""
+    columns = (batch.partner, batch.id_bytes, batch.id_end, batch.lat_e7, batch.lng_e7)
+    if not kernels.any_row_suspect(*columns, partner_count):
+        return None
     verdict = np.empty(len(batch), np.uint8)
     counts = np.empty(kernels.VERDICT_COUNT, np.int64)
     kernels.judge_rows(*columns, partner_count, verdict, counts)
-    refused = {reason: int(counts[code]) for reason, code in _SCREEN_REASONS.items() if counts[code]}
-    if not refused:
-        return batch, {}
+    return verdict if counts[kernels.GOOD] < len(batch) else None
+
+
+def keep_pings(batch: PingBatch, verdict: U8) -> PingBatch:
+    """A copy of the rows whose `verdict` u8[n] is 0, order kept."""
     (good,) = _grouped(batch, verdict.astype(np.uint16), 1)
-    return good or slice_pings(batch, 0, 0), refused
+    return good or slice_pings(batch, 0, 0)
 
 
 def split_by_shard(batch: PingBatch, settings: Settings) -> list[PingBatch | None]:

@@ -144,14 +144,14 @@ class Location(Strict):
 class Child(Strict):
     """Who is missing. Shown on the alert's public page while it is open, and erased some days after it was closed."""
 
-    name: Annotated[str, Field(max_length=60), AfterValidator(_one_line)] = Field("", examples=["王小明"])
+    name: Annotated[str, Field(max_length=60), AfterValidator(_one_line)] = Field(default="", examples=["王小明"])
     sex: Sex = "unknown"
-    age: int | None = Field(None, ge=0, le=CHILD_AGE_MAX, description="Years.", examples=[6])
+    age: int | None = Field(default=None, ge=0, le=CHILD_AGE_MAX, description="Years.", examples=[6])
     clothes: Annotated[str, Field(max_length=300), AfterValidator(_one_line)] = Field(
-        "", examples=["红色外套,蓝色书包"]
+        default="", examples=["红色外套,蓝色书包"]
     )
     features: Annotated[str, Field(max_length=500), AfterValidator(_one_line)] = Field(
-        "", description="What else to recognise the child by.", examples=["左眉有一道疤,身高约1.1米"]
+        default="", description="What else to recognise the child by.", examples=["左眉有一道疤,身高约1.1米"]
     )
 
 
@@ -206,17 +206,21 @@ class PublishRequest(Strict):
         }
     )
 
-    division: Division | None = Field(None, description="Whose alert it is; the officer's own division unless given.")
+    division: Division | None = Field(
+        default=None, description="Whose alert it is; the officer's own division unless given."
+    )
     status: Literal["actual", "exercise"] = Field(
-        "actual", description="An exercise names its partners in `audience`, and never becomes actual."
+        default="actual", description="An exercise names its partners in `audience`, and never becomes actual."
     )
     location: Location = Field(description="Where the child was last seen: the middle of the rings.")
     missing_since: Time = Field(description="When the child went missing: from here the rings grow.")
     schedule: ScheduleSteps | None = None
     expires_at: Time | None = Field(
-        None, description="From then on nobody new is told; 72 h after `missing_since` unless given."
+        default=None, description="From then on nobody new is told; 72 h after `missing_since` unless given."
     )
-    audience: Audience | None = Field(None, description="These partners' phones alone; all partners' unless given.")
+    audience: Audience | None = Field(
+        default=None, description="These partners' phones alone; all partners' unless given."
+    )
     child: Child = Field(default_factory=Child)
     headline: Headline = ""
     place: PlaceWords = ""
@@ -236,7 +240,7 @@ class ChildChanges(Strict):
 
     name: Annotated[str, Field(max_length=60), AfterValidator(_one_line)] | None = None
     sex: Sex | None = None
-    age: int | None = Field(None, ge=0, le=CHILD_AGE_MAX)
+    age: int | None = Field(default=None, ge=0, le=CHILD_AGE_MAX)
     clothes: Annotated[str, Field(max_length=300), AfterValidator(_one_line)] | None = None
     features: Annotated[str, Field(max_length=500), AfterValidator(_one_line)] | None = None
 
@@ -269,7 +273,7 @@ class CloseRequest(Strict):
 
     outcome: Outcome
     category: Category | None = Field(
-        None,
+        default=None,
         description="For the desk and the statistics alone. Of `found` any, of `false_report` none or "
         "`false_report_dispute`, of `cancelled` none. It can be said later.",
     )
@@ -371,7 +375,7 @@ class AlertSummary(Strict):
 class AlertDetails(AlertSummary):
     """An alert as it is now, and what became of it so far."""
 
-    partners: list[PartnerFigures] | None = Field(description="null: nothing has been counted yet.")
+    partners: list[PartnerFigures] | None = Field(description="null: erased with the details.")
 
 
 class AlertList(Strict):

@@ -83,7 +83,8 @@ def summary(gateway: Gateway, known: DeskAlert, case: Case | None, now_ms: int) 
 
 def details(gateway: Gateway, known: DeskAlert, case: Case | None, now_ms: int) -> AlertDetails:
     """As `summary`, and what became of it at each partner so far. Raises redis.RedisError."""
-    partners = partner_figures(gateway, known)
+    is_erased = case is not None and case.erased_at_ms is not None
+    partners = None if is_erased else partner_figures(gateway, known)
     return AlertDetails.model_construct(**_summary_fields(gateway, known, case, now_ms), partners=partners)
 
 
@@ -158,7 +159,7 @@ def partner_figures(gateway: Gateway, known: DeskAlert) -> list[PartnerFigures]:
 def reads_by_itself(client: redis.Redis, partner: str) -> bool:
     """Whether a partner reads its queues directly, so that nobody here sees what it takes. Raises redis.RedisError."""
     try:
-        groups = cast("list[dict[str, Any]]", client.xinfo_groups(push_key(0, partner)))
+        groups = client.xinfo_groups(push_key(0, partner))
     except redis.ResponseError as error:
         if "no such key" in str(error):
             return False
@@ -229,14 +230,18 @@ class PublicAlert:
 def public_alert(gateway: Gateway, known: DeskAlert, case: Case | None, now_ms: int) -> PublicAlert:
     """What anybody may see of an alert at this moment. Once it ended, nothing of the child."""
     ended_ms = ended_at_ms(known, now_ms)
+    words = words_of(known, case) if ended_ms is None else None
+    if words is None and ended_ms is None:
+        ended_ms = now_ms  # it was closed, and erased, between two looks
+    is_open = ended_ms is None
     return PublicAlert(
         known=known,
         division=None if case is None else case.division,
-        words=words_of(known, case) if ended_ms is None else None,
-        photo_url=photo_url(gateway, case) if ended_ms is None else None,
+        words=words,
+        photo_url=photo_url(gateway, case) if is_open else None,
         page_url=page_url(gateway, known.alert.alert_id),
         ended_at_ms=ended_ms,
-        ring=ring_now(known, now_ms),
+        ring=ring_now(known, now_ms) if is_open else None,
     )
 
 

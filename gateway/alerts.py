@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Header, Path, Query, Request, Response
+from starlette.requests import ClientDisconnect
 
 from flows.alert_json import ALERT_ID_CHARS_MAX
 from gateway.alert_models import (
@@ -199,7 +200,10 @@ async def put_photo(request: Request, caller: OfficerDep, alert_id: AlertIdPath)
         raise Problem(
             415, "unsupported-picture", f"Content-Type must be one of {', '.join(FORMATS)}, got {kind[:50]!r}"
         )
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise Problem(400, "broken-off", "the connection ended before the picture did") from None
     if len(body) > gateway.config.photo_bytes_max:
         raise too_large(gateway.config.photo_bytes_max)
     service = DeskService(gateway)

@@ -24,9 +24,11 @@ import redis
 
 from flows.clock import CLOCK, Clock
 from flows.desk import Desk, DeskAlert
+from flows.log import read_settings
 from flows.metrics import METRICS, Metrics
 from flows.server import raise_if_lost, worth_a_line
 from gateway import statistics
+from gateway.handover import forget_handed
 from geoindex.entries import AUTO_CLOSE_MS, HOUR_MS, Alert
 from geoindex.rings import radius_km, unit_vector
 
@@ -36,6 +38,8 @@ OPEN_KEY = "cases-open:{desk}"
 CLOSED_KEY = "cases-closed:{desk}"
 DAY_MS = 24 * HOUR_MS
 SWEEP_INTERVAL_S = 60.0
+FAILURES_ALARM = 10
+"""Sweeps that fail in a row before it is an alarm."""
 
 MOVES_MAX = 3
 """So many moves or shrinkings of one alert within an hour are an alarm."""
@@ -215,6 +219,7 @@ class Sweeper:
         self._clock = clock
         self._interval_s = interval_s
         self._alarmed: set[str] = set()
+        self._words_at_ms = -HOUR_MS
         self._failures = 0
         self._stopping = threading.Condition()
         self._stopped = False
@@ -234,6 +239,12 @@ class Sweeper:
 
     def sweep(self, now_ms: int) -> None:
         """One look at all cases that are open or wait to be erased. Raises redis.RedisError."""
+        due = cast("list[bytes]", self._client.zrangebyscore(CLOSED_KEY, "-inf", now_ms - self._details_ms))
+        for raw in due:
+            self._erase(raw.decode(), now_ms)
+        if now_ms - self._words_at_ms >= HOUR_MS:
+            self._erase_words(now_ms)
+            self._words_at_ms = now_ms
         open_ids = sorted(raw.decode() for raw in cast("set[bytes]", self._client.smembers(OPEN_KEY)))
         alarms: set[str] = set()
         for alert_id, case in zip(open_ids, read_cases(self._client, open_ids), strict=True):
@@ -251,9 +262,6 @@ class Sweeper:
         for alert_id in self._alarmed - alarms:
             self._metrics.alarms.clear("alert_moved", alert_id)
         self._alarmed = alarms
-        due = cast("list[bytes]", self._client.zrangebyscore(CLOSED_KEY, "-inf", now_ms - self._details_ms))
-        for raw in due:
-            self._erase(raw.decode(), now_ms)
 
     def _close(self, alert_id: str, known: DeskAlert) -> None:
         """Note that an alert ended elsewhere than at this desk: at the terminal, or by itself."""
@@ -275,17 +283,38 @@ class Sweeper:
             pipeline.zrem(CLOSED_KEY, alert_id)
 
         change_case(self._client, alert_id, change)
+        settings = read_settings(self._client)
+        if settings is not None:
+            forget_handed(self._client, settings.shard_count, alert_id, settings.partners)
         self._metrics.count("cases_erased_total")
+
+    def _erase_words(self, now_ms: int) -> None:
+        """Words that were given at the terminal stand at the desk itself: they are kept no longer than a case's."""
+        for known in self._desk.list():
+            ended_ms = known.changed_at_ms if known.outcome else known.alert.expires_at_ms + AUTO_CLOSE_MS
+            if known.content and ended_ms <= now_ms - self._details_ms:
+                self._desk.forget_words(known.alert.alert_id)
+
+    def look(self) -> None:
+        """Sweep now; what fails is tried again in a minute, and is an alarm before long."""
+        try:
+            self.sweep(self._desk.now_ms())
+        except Exception as error:
+            # Not the server alone may be in the way: a case that cannot be read must not end the erasing of all others.
+            self._failures += 1
+            if worth_a_line(self._failures):
+                is_known = isinstance(error, redis.RedisError)
+                logger.warning("cases cannot be swept (try %d): %s", self._failures, error, exc_info=not is_known)
+            if self._failures >= FAILURES_ALARM:
+                words = f"cases could not be swept {self._failures} times in a row: {error}"
+                self._metrics.alarms.set("cases_unswept", words)
+            return
+        self._failures = 0
+        self._metrics.alarms.clear("cases_unswept")
 
     def _run(self) -> None:
         while True:
-            try:
-                self.sweep(self._desk.now_ms())
-                self._failures = 0
-            except redis.RedisError as error:
-                self._failures += 1
-                if worth_a_line(self._failures):
-                    logger.warning("cases cannot be swept (try %d): %s", self._failures, error)
+            self.look()
             with self._stopping:
                 if not self._stopped:
                     self._clock.wait(self._stopping, self._interval_s)

@@ -64,6 +64,8 @@ class GatewayConfig:
     """Of one address (IPv6: one /64), whatever its keys."""
     failures_per_s: float = 2.0
     """Requests of one address whose key or signature is refused."""
+    flow_lag_s_max: float = 60.0
+    """Pings are refused while the flow is further behind its logs; 0: never. Checkpoints are loaded within 15 s."""
     burst_s: float = 4.0
     """Every limit lets through at once what it would in so many seconds."""
     wait_s_max: float = 30.0
@@ -102,6 +104,7 @@ class GatewayConfig:
             ("pings_per_s", self.pings_per_s, 1, 1e9),
             ("address_requests_per_s", self.address_requests_per_s, 0.01, 1e6),
             ("failures_per_s", self.failures_per_s, 0.01, 1e6),
+            ("flow_lag_s_max", self.flow_lag_s_max, 0, 86_400),
             ("burst_s", self.burst_s, 1, 3_600),
             ("wait_s_max", self.wait_s_max, 0, 300),
             ("key_grace_h", self.key_grace_h, 0, 24 * 90),

@@ -126,6 +126,11 @@ class DeskService:
         else:
             claim = Claim(self._gateway.client, caller.actor, f"request:{digest}", digest, UNNAMED_S)
         found = claim.find()
+        if found is not None and found.event is not None and idempotency_key is None:
+            known = self._gateway.desk.show(found.alert_id)
+            if known is None or not known.is_open(self._gateway.desk.now_ms()):
+                claim.forget()  # it ended: whoever publishes the same again wants another alert
+                found = None
         if found is not None and found.event is not None:
             return self._repeated(found)
         settings, now_ms = self._gateway.settings(), self._gateway.desk.now_ms()

@@ -92,6 +92,10 @@ class Claim:
             )
         return record
 
+    def forget(self) -> None:
+        """What is asked for next under the key is new."""
+        self._client.delete(self.redis_key)
+
     # --- with the event: flows.desk.Companion -----------------------------------------------------------------------
 
     def keys(self) -> Sequence[str]:

@@ -23,5 +23,5 @@ def shown_count(count: float) -> ShownCount:
     whole = int(count)
     if whole < SHOWN_MIN:
         return FEWER
-    step = max(10, 10 ** (len(str(whole)) - 2))
+    step: int = max(10, 10 ** (len(str(whole)) - 2))
     return whole // step * step

@@ -40,7 +40,7 @@ from gateway.runtime import Gateway, gateway_of
 from geoindex.cells import CELLS_PER_ZONE, ZONE_RESOLUTION, cell_centers
 from geoindex.columns import F64, I64, U16, U32
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS
-from geoindex.rings import chord2_max, cover_circle, growth_times_ms, radius_km, unit_vector
+from geoindex.rings import check_schedule, chord2_max, cover_circle, growth_times_ms, radius_km, unit_vector
 
 TABLE_FRESH_S = 5.0
 """A crowd table is made anew so often at most: counts change once a minute."""
@@ -225,8 +225,8 @@ class Crowds:
                 raise Problem(
                     503,
                     "no-counts",
-                    f"{len(density.missing)} of the shards have not counted their phones lately: is every flow running? "
-                    "Each counts once a minute",
+                    f"{len(density.missing)} of the shards have not counted their phones lately, as each does once a "
+                    "minute: is every flow running?",
                     headers={"Retry-After": "30"},
                 )
             table = crowd_table(density)
@@ -280,6 +280,10 @@ def preview(request: Request, caller: OfficerDep, asked: PreviewRequest) -> Prev
     DeskService(gateway).check_desk(caller, "alert.preview")
     settings, now_ms = gateway.settings(), gateway.desk.now_ms()
     schedule = settings.default_schedule if asked.schedule is None else schedule_from(asked.schedule)
+    try:
+        check_schedule(schedule, "preview")
+    except ValueError as error:
+        raise Problem(422, "does-not-fit", str(error)) from None
     if schedule[0][1] < PUBLIC_RING_KM_MIN:
         raise Problem(
             422,

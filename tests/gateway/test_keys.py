@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,6 @@ def test_only_the_key_matches_what_is_kept_of_it() -> None:
 def test_the_signing_key_is_neither_the_secret_nor_its_digest() -> None:
     assert len({KNOWN.secret, KNOWN.digest, KNOWN.signing_key}) == 3
     # RFC 5869 without a salt: extract with 32 zero bytes, then one block of expand.
-    import hmac
-
     extracted = hmac.digest(bytes(32), KNOWN.secret, "sha256")
     assert hmac.digest(extracted, b"tuanyuan request signatures\x01", "sha256") == KNOWN.signing_key
 

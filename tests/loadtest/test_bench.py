@@ -38,6 +38,7 @@ KEYS = {
     "coldstart": {"seconds"},
     "idle": {"cpu_share", "seconds"},
     "audit": {"pings_per_s", "ns_per_ping", "pushes"},
+    "gateway": {"json_pings_per_s", "columns_pings_per_cpu_s", "small_request_p99_ms", "worst_body_mb_max"},
     "peers": {"min_ratio", "ratios"},
 }
 

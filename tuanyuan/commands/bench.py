@@ -51,6 +51,7 @@ class Benchmark(StrEnum):
     COLDSTART = "coldstart"
     IDLE = "idle"
     AUDIT = "audit"
+    GATEWAY = "gateway"
     PEERS = "peers"
     ALL = "all"
 
@@ -86,7 +87,9 @@ def bench(
     seconds: Annotated[
         float | None,
         typer.Option(
-            min=0.1, help="How long: kernel, sustained, latency, idle; recovery: how much log.", show_default=False
+            min=0.1,
+            help="How long: kernel, sustained, latency, idle, gateway; recovery: how much log.",
+            show_default=False,
         ),
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Small and short: does it work at all?")] = False,
@@ -209,6 +212,13 @@ def _audit(wanted: Wanted) -> Report:
     return audit.measure(devices, int(wanted.chosen(MILLION, 20_000)), wanted.times(3, 1), note)
 
 
+def _gateway(wanted: Wanted) -> Report:
+    from loadtest.bench import gateway
+
+    seconds = wanted.seconds or wanted.chosen(5.0, 0.3)
+    return gateway.measure(wanted.size(MILLION // 10, 2_000), seconds, wanted.smoke, note)
+
+
 def _peers(wanted: Wanted) -> Report:
     from loadtest.bench import peers
 
@@ -229,6 +239,7 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.COLDSTART: _coldstart,
     Benchmark.IDLE: _idle,
     Benchmark.AUDIT: _audit,
+    Benchmark.GATEWAY: _gateway,
     Benchmark.PEERS: _peers,
 }
 
