@@ -21,6 +21,8 @@ second; `read_stats` adds the snapshots of all processes up.
     server_restarts_total                    server_disk_free_bytes           (of the embedded server's supervisor)
     aof_rewrites_total                       aof_rewrite_failures_total       aof_rewrite_age_ms (since the last began)
     aof_rewrite_duration_ms                  raw_pings_age_ms: no raw ping in the append-only file is older
+    gateway_requests_total{route,status}     gateway_request_ms (histogram)    gateway_faults_total: answers 500
+    gateway_callers_refused_total            audit_rows_total                 (of gateways)
     pings_received_total{partner}            (by gateways, accepted or not)    pings_turned_away_total{partner,reason}
     pings_request_ms (histogram)             intake_append_ms (histogram)      intake_held_bytes
     intake_pings_total                       intake_rounds_total               intake_rounds_failed_total
