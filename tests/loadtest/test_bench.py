@@ -38,6 +38,7 @@ KEYS = {
     "coldstart": {"seconds"},
     "idle": {"cpu_share", "seconds"},
     "audit": {"pings_per_s", "ns_per_ping", "pushes"},
+    "figures": {"cpu_share_of_density", "stop_ms_max", "stop_us_median", "read_ms", "circle_ms"},
     "peers": {"min_ratio", "ratios"},
 }
 

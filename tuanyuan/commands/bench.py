@@ -51,6 +51,7 @@ class Benchmark(StrEnum):
     COLDSTART = "coldstart"
     IDLE = "idle"
     AUDIT = "audit"
+    FIGURES = "figures"
     PEERS = "peers"
     ALL = "all"
 
@@ -209,6 +210,13 @@ def _audit(wanted: Wanted) -> Report:
     return audit.measure(devices, int(wanted.chosen(MILLION, 20_000)), wanted.times(3, 1), note)
 
 
+def _figures(wanted: Wanted) -> Report:
+    from loadtest.bench import figures
+
+    pings = int(wanted.chosen(5 * MILLION, 300_000))
+    return figures.measure(wanted.size(10 * MILLION, 20_000), pings, wanted.times(5, 1), note)
+
+
 def _peers(wanted: Wanted) -> Report:
     from loadtest.bench import peers
 
@@ -229,6 +237,7 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.COLDSTART: _coldstart,
     Benchmark.IDLE: _idle,
     Benchmark.AUDIT: _audit,
+    Benchmark.FIGURES: _figures,
     Benchmark.PEERS: _peers,
 }
 
