@@ -85,14 +85,15 @@ class ShardDensity(NamedTuple):
 
 @dataclass(slots=True)
 class _Count:
-    """A count that is under way."""
+    """A count that is under way. It keeps no machine in memory that the shard has left."""
 
-    machine: ShardMachine
     at_ms: int
     log_id: LogId
     live_from_ms: int
     counts: PhoneCounts
     next_row: int = 0
+    partners: tuple[str, ...] = ()
+    """Of its end: every device that was counted has one of them."""
 
 
 @dataclass(slots=True)
@@ -114,7 +115,7 @@ class DensityCounter:
         self._metrics = metrics
         self._clock = clock
         self._lanes: dict[int, _Lane] = {}
-        self._counted: dict[int, ShardDensity] = {}
+        self._counted: dict[int, _Count] = {}
 
     def begin(self, shard: int) -> None:
         """The shard starts, or starts anew: it counts as soon as it has caught up."""
@@ -130,26 +131,29 @@ class DensityCounter:
                 return
             lane.minute, lane.row_count = raw.ms // MINUTE_MS, row_count
             live_from_ms = machine.clock_ms - machine.settings.live_window_ms
-            lane.count = _Count(machine, machine.clock_ms, raw.log_id, live_from_ms, PhoneCounts(lane.places))
+            lane.count = _Count(machine.clock_ms, raw.log_id, live_from_ms, PhoneCounts(lane.places))
         started_s = time.perf_counter()
-        self._go_on(raw.shard, lane, lane.count)
+        self._go_on(raw.shard, machine, lane, lane.count)
         self._metrics.observe("density_stop_ms", 1000 * (time.perf_counter() - started_s))
 
-    def _go_on(self, shard: int, lane: _Lane, count: _Count) -> None:
-        table = count.machine.device_table
+    def _go_on(self, shard: int, machine: ShardMachine, lane: _Lane, count: _Count) -> None:
+        table = machine.device_table
         rows = table.row_count
         stop = min(rows, count.next_row + max(ROWS_AT_ONCE, -(-rows // SLICES_MAX)))
         count.counts.add_rows(table, count.next_row, stop, count.live_from_ms)
         count.next_row = stop
         if stop == rows:
-            lane.count, lane.places = None, count.counts.places
-            partners = count.machine.settings.partners
+            lane.count, lane.places, count.partners = None, count.counts.places, machine.settings.partners
             # In one step: the other thread takes it, or the one before.
-            self._counted[shard] = ShardDensity(shard, count.at_ms, count.log_id, partners, count.counts.columns())
+            self._counted[shard] = count
 
     def take(self) -> list[ShardDensity]:
         """Counts that have ended since the last call."""
-        return [self._counted.pop(shard) for shard in list(self._counted)]
+        ended = [(shard, self._counted.pop(shard)) for shard in list(self._counted)]
+        return [
+            ShardDensity(shard, count.at_ms, count.log_id, count.partners, count.counts.columns())
+            for shard, count in ended
+        ]
 
 
 def encode_density(density: ShardDensity) -> bytes:

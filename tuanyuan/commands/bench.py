@@ -52,6 +52,7 @@ class Benchmark(StrEnum):
     IDLE = "idle"
     AUDIT = "audit"
     GATEWAY = "gateway"
+    FIGURES = "figures"
     PEERS = "peers"
     ALL = "all"
 
@@ -219,6 +220,13 @@ def _gateway(wanted: Wanted) -> Report:
     return gateway.measure(wanted.size(MILLION // 10, 2_000), seconds, wanted.smoke, note)
 
 
+def _figures(wanted: Wanted) -> Report:
+    from loadtest.bench import figures
+
+    pings = int(wanted.chosen(5 * MILLION, 300_000))
+    return figures.measure(wanted.size(10 * MILLION, 20_000), pings, wanted.times(5, 1), note)
+
+
 def _peers(wanted: Wanted) -> Report:
     from loadtest.bench import peers
 
@@ -240,6 +248,7 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.IDLE: _idle,
     Benchmark.AUDIT: _audit,
     Benchmark.GATEWAY: _gateway,
+    Benchmark.FIGURES: _figures,
     Benchmark.PEERS: _peers,
 }
 
