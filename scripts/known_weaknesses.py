@@ -1,11 +1,10 @@
 """Ask pip-audit whether anything that is shipped has a known weakness; and say loudly when nobody could be asked.
 
-found something           every weakness, and exit code 1
-asked about everything    one line
-could not ask             a warning that cannot be overlooked, and exit code 0: a machine without the network must
-be able to work. With `--strict`, for whoever releases: exit code 1.
+What was found is printed and stops (exit code 1). Where nobody could be asked, a warning says so that cannot be
+overlooked, and the exit code is 0: a machine without the network must be able to work. With `--strict`, for whoever
+releases, that stops as well.
 
-python scripts/known_weaknesses.py requirements/run.txt [--strict]
+    python scripts/known_weaknesses.py requirements/run.txt [--strict]
 """
 
 from __future__ import annotations

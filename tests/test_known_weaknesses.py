@@ -10,9 +10,13 @@ import pytest
 from scripts.known_weaknesses import Verdict, exit_code, judge
 
 LOCK = Path("requirements/run.txt")
-SOUND = {"name": "a", "version": "1.0", "vulns": []}
-WEAK = {"name": "b", "version": "2.0", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"], "description": ""}]}
-SKIPPED = {"name": "c", "skip_reason": "not found"}
+SOUND: dict[str, object] = {"name": "a", "version": "1.0", "vulns": []}
+WEAK: dict[str, object] = {
+    "name": "b",
+    "version": "2.0",
+    "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"], "description": ""}],
+}
+SKIPPED: dict[str, object] = {"name": "c", "skip_reason": "not found"}
 
 
 def report(*packages: dict[str, object]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fastapi import FastAPI
+
+from gateway.identity import PartnerDep
 from tests.gateway.conftest import Http, Keys
 
 
@@ -16,3 +19,31 @@ def test_an_unknown_path_is_a_problem_with_the_request_id(http: Http, keys: Keys
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.headers["x-request-id"] == answer.json()["request_id"] == "mine-1"
+
+
+def test_the_description_says_that_errors_are_problems(http: Http) -> None:
+    described = http.get("/openapi.json").json()
+    schemas = described["components"]["schemas"]
+    assert "ProblemBody" in schemas and "HTTPValidationError" not in schemas
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            assert operation["summary"], (method, path)
+            for status, answer in operation["responses"].items():
+                assert answer["description"], (method, path, status)
+                if status.isdigit() and int(status) >= 400 and path != "/readyz":
+                    problem = {"schema": {"$ref": "#/components/schemas/ProblemBody"}}
+                    assert answer["content"] == {"application/problem+json": problem}, (method, path, status)
+
+
+def test_endpoints_for_callers_say_how_to_come(app: FastAPI, http: Http) -> None:
+    @app.get("/t/partner", summary="Test")
+    async def partner(caller: PartnerDep) -> dict[str, str]:
+        return {"name": caller.name}
+
+    operation = http.get("/openapi.json").json()["paths"]["/t/partner"]["get"]
+    assert operation["security"] == [{"key": []}, {"signature": []}]
+    assert "parameters" not in operation
+
+
+def test_no_page_of_scripts_from_elsewhere_is_offered(http: Http) -> None:
+    assert http.get("/docs").status_code == http.get("/redoc").status_code == 404

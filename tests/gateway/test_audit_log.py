@@ -88,12 +88,13 @@ def test_rows_are_numbered_and_each_holds_the_hash_of_the_one_before(log: AuditL
 
 
 def test_an_untouched_log_has_no_breaks(
-    log: AuditLog, client: redis.Redis, sealer: Sealer, head_file: HeadFile
+    log: AuditLog, client: redis.Redis, sealer: Sealer, head_file: HeadFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(log, 1200)  # more than one read
+    monkeypatch.setattr("gateway.audit_log.READ_COUNT", 5)  # so that it takes several reads
+    fill(log, 23)
     kept = head_file.read()
-    assert kept is not None and kept.number == 1200
-    assert verify(read_rows(client), sealer, [kept], 1200) == (1200, [])
+    assert kept is not None and kept.number == 23
+    assert verify(read_rows(client), sealer, [kept], 23) == (23, [])
 
 
 def test_an_empty_log_is_whole(client: redis.Redis, sealer: Sealer) -> None:
@@ -327,7 +328,7 @@ def test_details_are_few_and_texts_are_short(log: AuditLog, client: redis.Redis)
 
 def test_a_head_file_only_rises(head_file: HeadFile) -> None:
     assert head_file.read() is None
-    for number in (9, 10, 3, 10):
+    for number in (9, 10, 3):
         head_file.raise_to(Head(number, f"{number:064x}"))
     assert head_file.read() == Head(10, f"{10:064x}")
 

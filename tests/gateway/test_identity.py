@@ -183,10 +183,12 @@ def test_a_body_needs_a_signed_digest(http: Http, keys: Keys, monkeypatch: pytes
     assert (answer.status_code, type_of(answer)) == (401, "digest-demanded")
 
 
-def test_a_signature_by_nobody_looks_like_any_other_refusal(http: Http, keys: Keys) -> None:
+def test_a_signature_by_nobody_looks_like_any_other_refusal(http: Http, gateway: Gateway, keys: Keys) -> None:
     known = parse_key(keys.amap)
     assert known is not None
-    for key in (new_key(), Key(known.key_id, new_key().secret)):
+    disabled = gateway.accounts.add_operator("gone")
+    gateway.accounts.disable("operator", "gone")
+    for key in (new_key(), Key(known.key_id, new_key().secret), disabled):
         answer = signed(http, key.text, "GET", "/t/partner")
         assert (answer.status_code, type_of(answer)) == (401, "not-accepted")
 
