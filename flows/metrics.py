@@ -21,6 +21,10 @@ second; `read_stats` adds the snapshots of all processes up.
     server_restarts_total                    server_disk_free_bytes           (of the embedded server's supervisor)
     aof_rewrites_total                       aof_rewrite_failures_total       aof_rewrite_age_ms (since the last began)
     aof_rewrite_duration_ms                  raw_pings_age_ms: no raw ping in the append-only file is older
+    push_waits: long polls and webhooks that wait  push_polls_total{outcome}       push_acks_total: entries, by polls
+    push_watch_errors_total                  webhooks_delivered_to: by this gateway
+    webhook_deliveries_total{partner,kind,outcome}: kind push or test; accepted, later, refused, unreachable, gone
+    webhook_delivery_ms (histogram)          webhook_down{partner}: 0 or 1     webhook_entries_on_their_way{partner}
 """
 
 from __future__ import annotations
