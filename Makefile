@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 UPGRADE ?=
 SOAK_ARGS ?=
 SEEDS ?= 1000
+FUZZ_RUNS ?= 10000000
 
 # Only wheels whose hashes are locked: nothing is built from a source archive, nothing unlocked is downloaded.
 PIP_INSTALL = $(BIN)/python -m pip --disable-pip-version-check install
@@ -20,13 +21,13 @@ YAML_RULES = '{extends: default, rules: {document-start: disable, line-length: {
 SHELL_SCRIPTS = scripts/find-python scripts/make-venv .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate soak check format lock image-steps clean distclean ask-python
+.PHONY: help setup demo test simulate soak fuzz check format lock image-steps clean distclean ask-python
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  Variables: PYTHON=/path/to/python3.12 (setup), DEMO_SECONDS=20 (demo), PYTEST_ARGS="-k ring" (test),'
-	@echo '  SEEDS=200 (simulate), SOAK_ARGS="kill-flow --minutes 5" (soak), UPGRADE=1 (lock)'
+	@echo '  SEEDS=200 (simulate), SOAK_ARGS="kill-flow --minutes 5" (soak), FUZZ_RUNS=100000 (fuzz), UPGRADE=1 (lock)'
 
 setup: $(VENV)/.dev ## Create .venv with the locked requirements and Tuanyuan itself
 
@@ -43,13 +44,19 @@ soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at ful
 simulate: $(VENV)/.run ## Play SEEDS=1000 small worlds full of faults against the oracles
 	@$(BIN)/tuanyuan simulate --seeds $(SEEDS)
 
-check: $(VENV)/.dev ## Check format, lint, types, Dockerfile, compose.yaml and shell scripts
+fuzz: $(VENV)/.dev ## Feed every decoder of outside bytes with FUZZ_RUNS=10000000 inputs: about 20 minutes; Linux
+	@$(BIN)/python -m tests.fuzz.decoders --runs $(FUZZ_RUNS)
+
+check: $(VENV)/.dev ## Check format, lint, types, Dockerfile, compose.yaml, shell scripts, known weaknesses; list what is shipped
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/yamllint --strict --config-data $(YAML_RULES) compose.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/python scripts/known_weaknesses.py requirements/run.txt
+	@mkdir -p out
+	$(BIN)/python -W ignore::UserWarning -m cyclonedx_py requirements --pyproject pyproject.toml --of JSON --output-file out/sbom.cdx.json requirements/run.txt
 	@if [ -x $(BIN)/shellcheck ]; then echo '$(BIN)/shellcheck $(SHELL_SCRIPTS)'; $(BIN)/shellcheck $(SHELL_SCRIPTS); \
 	else echo 'shellcheck: not available for this machine, skipped'; fi
 

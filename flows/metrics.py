@@ -21,6 +21,12 @@ second; `read_stats` adds the snapshots of all processes up.
     server_restarts_total                    server_disk_free_bytes           (of the embedded server's supervisor)
     aof_rewrites_total                       aof_rewrite_failures_total       aof_rewrite_age_ms (since the last began)
     aof_rewrite_duration_ms                  raw_pings_age_ms: no raw ping in the append-only file is older
+    gateway_requests_total{route,status}     gateway_request_ms (histogram)    gateway_faults_total: answers 500
+    gateway_callers_refused_total            audit_rows_total                 (of gateways)
+    pings_received_total{partner}            (by gateways, accepted or not)    pings_turned_away_total{partner,reason}
+    pings_request_ms (histogram)             intake_append_ms (histogram)      intake_held_bytes
+    intake_pings_total                       intake_rounds_total               intake_rounds_failed_total
+    intake_waiting_requests                  intake_flow_lag_ms: what a gateway sees of the flow
     push_waits: long polls and webhooks that wait  push_polls_total{outcome}       push_acks_total: entries, by polls
     push_watch_errors_total                  webhooks_delivered_to: by this gateway
     webhook_deliveries_total{partner,kind,outcome}: kind push or test; accepted, later, refused, unreachable, gone

@@ -39,8 +39,9 @@ local entry = redis.call('HGET', KEYS[1], ARGV[1])
 if not entry then return {} end
 local key = cjson.decode(entry)
 local account = redis.call('HGET', key.kind .. 's:{desk}', key.owner)
+if not account then return {} end
 local now = redis.call('TIME')
-return {entry, account, now[1]}
+return {entry, account, now[1] * 1000 + math.floor(now[2] / 1000)}
 """
 
 
@@ -164,11 +165,12 @@ class Accounts:
 
     def find(self, key_id: str) -> Found | None:
         """What is kept of a key, usable or not. One round trip."""
-        reply = cast("list[bytes | None]", self._look_up(keys=[KEYS_KEY], args=[key_id]))
-        if len(reply) < 3 or reply[0] is None or reply[1] is None or reply[2] is None:
+        reply = cast("list[Any]", self._look_up(keys=[KEYS_KEY], args=[key_id]))
+        if not reply:
             return None
-        entry = msgspec.json.decode(reply[0], type=KeyEntry)
-        return Found(key_id, entry, msgspec.json.decode(reply[1], type=_TYPES[entry.kind]), int(reply[2]) * 1000)
+        raw_entry, raw_account, now_ms = reply
+        entry = msgspec.json.decode(raw_entry, type=KeyEntry)
+        return Found(key_id, entry, msgspec.json.decode(raw_account, type=_TYPES[entry.kind]), now_ms)
 
     def authenticate(self, text: str) -> Caller[AnyAccount] | None:
         """Whose key this is; None if it is nobody's, not valid any more, or its account is disabled."""

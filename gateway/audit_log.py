@@ -195,9 +195,9 @@ class AuditLog:
         """Learn what stands at the end. A log that has become shorter is said so: in a row, in a line, and by an
         alarm that stays on.
         """
+        kept = self._kept()  # first: what others append between these two lines is later than what was kept
         last, self._next = read_head(self._client)
         self._head = last
-        kept = self._kept()
         if kept is None or (kept.number < last.number or kept == last):
             return
         words = (

@@ -216,14 +216,12 @@ class BodyLimits:
 
 
 def too_large(limit: int) -> Problem:
-    """For a body that is longer than its path takes. The connection ends with it: the rest is not read."""
-    return Problem(
-        413,
-        "too-large",
-        f"the body must have at most {limit:,} bytes",
-        headers={"Connection": "close"},
-        bytes_max=limit,
-    )
+    """For a body that is longer than its path takes.
+
+    The connection goes on: what still comes is thrown away by the server, for a client that is cut off in the middle of
+    its body often does not see the answer.
+    """
+    return Problem(413, "too-large", f"the body must have at most {limit:,} bytes", bytes_max=limit)
 
 
 class _Limited:
@@ -282,7 +280,7 @@ def check_json(body: bytes) -> None:
     """
     if not body:
         return
-    if body.count(b"[") + body.count(b"{") > JSON_DEPTH_MAX or body.count(b",") > JSON_MEMBERS_MAX:
+    if body.count(b"[") + body.count(b"{") > JSON_DEPTH_MAX or body.count(b",") >= JSON_MEMBERS_MAX:
         bare = _JSON_STRING.sub(b"", body)
         depth = json_depth(bare)
         if depth > JSON_DEPTH_MAX:

@@ -31,7 +31,10 @@ from flows.guards import AppendsRefused, Guards, PingsRefused
 from flows.log import LogWriter
 from flows.metrics import METRICS, Metrics
 from flows.server import ServerRefused, worth_a_line
+from flows.wire import encode_pings, slice_pings, split_by_shard
+from gateway import ping_bodies
 from gateway.flow_watch import FlowWatch
+from gateway.ping_bodies import frozen
 from geoindex.columns import PingBatch
 from geoindex.entries import Settings
 
@@ -239,7 +242,7 @@ def merge(batches: list[PingBatch]) -> PingBatch:
         return batches[0]
     starts = np.cumsum([0, *(len(batch.id_bytes) for batch in batches[:-1])])
     assert int(starts[-1]) + len(batches[-1].id_bytes) < 1 << 32, "a round's ids end within u32"
-    return PingBatch(
+    merged = PingBatch(
         np.concatenate([batch.partner for batch in batches]),
         np.concatenate([batch.id_bytes for batch in batches]),
         np.concatenate(
@@ -249,3 +252,12 @@ def merge(batches: list[PingBatch]) -> PingBatch:
         np.concatenate([batch.lng_e7 for batch in batches]),
         np.concatenate([batch.observed_at_ms for batch in batches]),
     )
+    return frozen(merged)
+
+
+def run_every_kernel() -> None:
+    """Everything between a body and the log, once, so that no partner waits for a compiler."""
+    batch = merge(ping_bodies.run_every_kernel())
+    for part in split_by_shard(batch, Settings(shard_count=2)):
+        if part is not None:
+            encode_pings(slice_pings(part, 0, len(part)))

@@ -25,7 +25,15 @@ import msgspec
 import numpy as np
 
 from flows.alert_json import TIME_MS_MAX, event_time_ms
-from flows.wire import PING_BYTES_MAX, MalformedEntry, batch_of, decode_pings, judge_pings, keep_pings
+from flows.wire import (
+    PING_BYTES_MAX,
+    MalformedEntry,
+    batch_of,
+    decode_pings,
+    encode_pings,
+    judge_pings,
+    keep_pings,
+)
 from flows.wire_kernels import ID_LENGTH, ID_UTF8, LATITUDE, LONGITUDE, VERDICT_COUNT
 from gateway import ping_kernels as kernels
 from gateway.compression import BodyTooLarge, MalformedBody
@@ -103,6 +111,18 @@ class BodyPings:
         positions = self.refused_positions[:REFUSALS_LISTED_MAX].tolist()
         verdicts = self.refused_verdicts[:REFUSALS_LISTED_MAX].tolist()
         return [(position, *REASONS[verdict]) for position, verdict in zip(positions, verdicts, strict=True)]
+
+
+def frozen(pings: PingBatch) -> PingBatch:
+    """The same batch, its columns read-only from now on, as those that are views of a body are anyway.
+
+    Numba compiles a kernel for each kind of array that it meets; so it meets one.
+    """
+    for column in (
+        pings.partner, pings.id_bytes, pings.id_end, pings.lat_e7, pings.lng_e7, pings.observed_at_ms
+    ):  # fmt: skip
+        column.flags.writeable = False
+    return pings
 
 
 def read_pings(raw: bytes, format: Format, terms: Terms) -> BodyPings:
@@ -259,7 +279,7 @@ def _batch(rows: _Rows, terms: Terms) -> _Unjudged:
         _scaled(np.array(list(map(_LNG, pings)), np.float64), 180.0, LNG_E7_MAX),
         times_ms,
     )
-    return _Unjudged(batch, verdict, rows.good_positions, rows.bad_positions, rows.bad_verdicts)
+    return _Unjudged(frozen(batch), verdict, rows.good_positions, rows.bad_positions, rows.bad_verdicts)
 
 
 _DEVICE_ID, _LAT, _LNG, _OBSERVED_AT = map(attrgetter, ("device_id", "lat", "lng", "observed_at"))
@@ -287,7 +307,7 @@ def _times(times: list[int | float | str]) -> tuple[I64, U8 | None]:
         except OverflowError:
             pass  # which one it was is found below
         else:
-            wrong = np.abs(times_ms) > TIME_MS_MAX
+            wrong = (times_ms > TIME_MS_MAX) | (times_ms < -TIME_MS_MAX)
             return times_ms, np.where(wrong, np.uint8(OBSERVED_AT), np.uint8(0)) if wrong.any() else None
     times_ms = np.zeros(len(times), np.int64)
     verdict = np.zeros(len(times), np.uint8)
@@ -310,10 +330,8 @@ def _columns(raw: bytes, terms: Terms) -> _Unjudged:
         raise _too_many()
     if columns.at_ms is not None:
         raise MalformedBody("'at' must be false: a clock in the rows is for recordings")
-    partner = np.full(len(columns), terms.partner_index, np.uint16)
-    return _Unjudged(
-        batch_of(replace(columns, partner=partner)), None, None, np.empty(0, np.int64), np.empty(0, np.uint8)
-    )
+    batch = frozen(batch_of(replace(columns, partner=np.full(len(columns), terms.partner_index, np.uint16))))
+    return _Unjudged(batch, None, None, np.empty(0, np.int64), np.empty(0, np.uint8))
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -333,12 +351,22 @@ def _judged(found: _Unjudged, terms: Terms) -> BodyPings:
         verdict[(verdict == 0) & (times_ms < terms.oldest_ms)] = TOO_OLD
     received = len(batch) + len(found.bad_positions)
     if verdict is None or not verdict.any():
-        pings = pings_in_wgs84(terms.datum, batch)
+        pings = frozen(pings_in_wgs84(terms.datum, batch))
         return BodyPings(pings, received, found.bad_positions, found.bad_verdicts)
     refused = np.flatnonzero(verdict)
     positions = refused if found.positions is None else found.positions[refused]
     positions = np.concatenate([found.bad_positions, positions])
     verdicts = np.concatenate([found.bad_verdicts, verdict[refused]])
     order = np.argsort(positions, kind="stable")
-    pings = pings_in_wgs84(terms.datum, keep_pings(batch, verdict))
+    pings = frozen(pings_in_wgs84(terms.datum, keep_pings(batch, verdict)))
     return BodyPings(pings, received, positions[order], verdicts[order])
+
+
+def run_every_kernel() -> list[PingBatch]:
+    """Read a small body of every kind, so that the kernels are compiled and loaded; what came out of them."""
+    pings = [{"device_id": name, "lat": lat, "lng": 120, "observed_at": 1} for name, lat in (("a", 30), ("bb", 100))]
+    raw = msgspec.json.encode(pings)
+    terms = [Terms(0, datum, 0, 2) for datum in Datum]
+    found = [read_pings(raw, Format.JSON, one).pings for one in terms]
+    found.append(read_pings(raw[:-1] + b",0]", Format.JSON, terms[0]).pings)
+    return found + [read_pings(encode_pings(found[0]), Format.COLUMNS, one).pings for one in terms]

@@ -28,7 +28,7 @@ from gateway.datum import Datum
 from gateway.errors import Problem, responses
 from gateway.flow_watch import FlowWatch
 from gateway.identity import PartnerDep
-from gateway.intake import Hold, Intake, size_bytes
+from gateway.intake import Hold, Intake, run_every_kernel, size_bytes
 from gateway.ping_bodies import (
     CLOCK_SLACK_MS,
     PINGS_PER_BODY_MAX,
@@ -73,6 +73,7 @@ def body_limits(config: GatewayConfig) -> Mapping[str, int]:
 
 def start(gateway: Gateway) -> Service:
     """The intake, running."""
+    run_every_kernel()
     watch = FlowWatch(gateway.client, gateway.config.flow_lag_s_max, gateway.metrics, gateway.clock)
     intake = Intake(gateway.guards, watch, gateway.metrics, gateway.clock)
     intake.start()

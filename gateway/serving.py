@@ -28,6 +28,8 @@ IDLE_TIMEOUT_S = 75
 """Of a connection between two requests: longer than the 60 s for which proxies commonly keep one."""
 CONNECTIONS_MAX = 4_096
 """Beyond that, requests get 503 at once."""
+LINGER_S = 2.0
+"""For a client to read why it was refused, before the connection is closed under what it still sends."""
 STOP_TIMEOUT_S = 20
 """For requests that are under way when the gateway stops."""
 BACKLOG = 2_048
@@ -42,6 +44,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """Received since the last request ended; counted while the head of the next one is not whole."""
     _field_bytes = 0
     _in_head = True
+    _refused = False
     _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -53,56 +56,63 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
         # A chunk may hold the head and some of the body; one without an end of the head holds nothing else.
-        if self._in_head and self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+        if self._in_head and self._head_bytes > HEAD_BYTES_MAX:
             self._refuse()
 
     def on_message_begin(self) -> None:
         self._field_bytes = 0
-        self._start_timer()
+        if not self._refused:
+            self._start_timer()
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._field_bytes += len(name) + len(value) + 4
         if self._field_bytes > HEAD_BYTES_MAX or len(self.headers) >= HEADERS_MAX:
-            if not self.transport.is_closing():
-                self._refuse()
-            return
-        super().on_header(name, value)
+            self._refuse()
+        else:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        if not self.transport.is_closing():
+        if not self._refused:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self.transport.is_closing():
+        if not self._refused:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_head = True
         self._head_bytes = 0
-        self._stop_timer()
-        if not self.transport.is_closing():
+        if not self._refused:
+            self._stop_timer()
             super().on_message_complete()
 
     def _refuse(self) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
         self.transport.write(_TOO_LARGE)
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._start_timer(LINGER_S)
 
-    def _start_timer(self) -> None:
+    def _start_timer(self, timeout_s: float | None = None) -> None:
         self._stop_timer()
-        self._read_timer = self.loop.call_later(READ_TIMEOUT_S, self._too_slow)
+        self._read_timer = self.loop.call_later(READ_TIMEOUT_S if timeout_s is None else timeout_s, self._end)
 
     def _stop_timer(self) -> None:
         if self._read_timer is not None:
             self._read_timer.cancel()
             self._read_timer = None
 
-    def _too_slow(self) -> None:
+    def _end(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
 

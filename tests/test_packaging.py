@@ -273,7 +273,7 @@ MAY_IMPORT = {
     # Stands outside, as partners and police do: it knows what travels and how kernels are spelled, not who works on it.
     "loadtest": ("flows.wire", "geoindex.columns", "geoindex.entries", "geoindex.numba_typing", "loadtest"),
     # Benchmarks measure the insides, one part at a time.
-    "loadtest/bench": ("flows", "geoindex", "loadtest", "tuanyuan.kernel_cache"),
+    "loadtest/bench": ("flows", "gateway", "geoindex", "loadtest", "tuanyuan.kernel_cache"),
     # Breaks the insides, and forks flows from a process that has every kernel loaded.
     "loadtest/soak": ("flows", "geoindex", "loadtest", "tuanyuan.warmup"),
     # The simulator plays with the insides.

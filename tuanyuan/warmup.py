@@ -11,6 +11,7 @@ from flows.log import RawEntry
 from flows.match import Entry, decode, step
 from flows.push_commands import PushCommands
 from flows.wire import encode_entry, encode_pings, slice_pings, split_by_shard
+from gateway import intake
 from geoindex.columns import PingBatch
 from geoindex.entries import DEFAULT_SCHEDULE, HOUR_MS, Alert, AlertClose, AlertRevision, LogEntry, Settings, Tick
 from geoindex.shard import ShardMachine
@@ -58,6 +59,7 @@ def run_every_kernel() -> None:
         for part in split_by_shard(batch, two_shards):
             assert part is not None
             encode_pings(slice_pings(part, 1, len(part)))
+    intake.run_every_kernel()
     at_ms_column = np.empty(1, np.int64)
     accepted = np.empty(1, np.bool_)
     one = np.zeros(1, np.int64)

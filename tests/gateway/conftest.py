@@ -17,6 +17,7 @@ import redis
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from fastapi import FastAPI
 
+from flows.clock import Clock
 from flows.log import ensure_settings
 from flows.metrics import Metrics
 from flows.server import EmbeddedServer
@@ -33,6 +34,19 @@ from tests.flows.conftest import session_server as session_server
 SETTINGS = Settings(shard_count=2, partners=("amap", "baidu"))
 HANGZHOU, XIHU = "330100", "330106"
 """A prefecture and one of its counties."""
+
+
+class TurnableClock(Clock):
+    """This machine's clocks, and what a test has turned them ahead."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.ahead_s
+
+    def now_ms(self) -> float:
+        return super().now_ms() + 1000 * self.ahead_s
 
 
 class Http:
@@ -100,8 +114,16 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def app(config: GatewayConfig, client: redis.Redis, settings: Settings, metrics: Metrics) -> FastAPI:
-    return create_app(config, client, metrics)
+def clock() -> TurnableClock:
+    """The gateway's; not the server's."""
+    return TurnableClock()
+
+
+@pytest.fixture
+def app(
+    config: GatewayConfig, client: redis.Redis, settings: Settings, metrics: Metrics, clock: TurnableClock
+) -> FastAPI:
+    return create_app(config, client, metrics, clock)
 
 
 @pytest.fixture

@@ -47,9 +47,8 @@ def watch(client: redis.Redis) -> FlowWatch:
     return FlowWatch(client, 0.02, Metrics())
 
 
-def test_nothing_is_taken_before_the_first_look_and_before_there_are_logs(
-    client: redis.Redis, watch: FlowWatch
-) -> None:
+def test_nothing_is_taken_before_the_first_look_and_before_there_are_logs(client: redis.Redis) -> None:
+    watch = FlowWatch(client, 60, Metrics())
     with pytest.raises(FlowBehind, match="not been seen"):
         watch.check()
     watch.look()
@@ -106,7 +105,7 @@ def test_what_was_seen_long_ago_is_not_believed(client: redis.Redis) -> None:
         watch.check()
 
 
-def test_partners_that_are_added_are_seen(client: redis.Redis, watch: FlowWatch) -> None:
+def test_partners_that_are_added_are_seen(client: redis.Redis) -> None:
     ensure_settings(client, SETTINGS)
     watch = FlowWatch(client, 60, Metrics())
     watch.look()

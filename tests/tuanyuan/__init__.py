@@ -30,7 +30,7 @@ START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 20.0
 _FORKING = """
 import contextlib, json, os, sys, tempfile
 from tuanyuan import cli
-from tuanyuan.commands import alert, demo, health, match, pull, retention, run, send
+from tuanyuan.commands import alert, demo, health, match, partner, pull, retention, run, send
 from flows.wire import decode_entry, encode_entry
 from geoindex.entries import Settings
 
