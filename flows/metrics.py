@@ -29,6 +29,10 @@ second; `read_stats` adds the snapshots of all processes up.
     intake_waiting_requests                  intake_flow_lag_ms: what a gateway sees of the flow
     cases_erased_total: children whose details the gateway has erased
     density_age_ms{shard}                    density_stop_ms (histogram)      figure_write_errors_total{figure}
+    push_waits: long polls and webhooks that wait  push_polls_total{outcome}       push_acks_total: entries, by polls
+    push_watch_errors_total                  webhooks_delivered_to: by this gateway
+    webhook_deliveries_total{partner,kind,outcome}: kind push or test; accepted, later, refused, unreachable, gone
+    webhook_delivery_ms (histogram)          webhook_down{partner}: 0 or 1     webhook_entries_on_their_way{partner}
 """
 
 from __future__ import annotations

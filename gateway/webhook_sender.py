@@ -12,7 +12,6 @@ read.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import socket
 import ssl
@@ -24,7 +23,6 @@ from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
-import certifi
 import httpx
 
 URL_CHARACTERS_MAX = 2_048
@@ -147,9 +145,8 @@ class WebhookSender:
         self._private_allowed = private_allowed
         self._resolve = resolve
         self._addresses: tuple[Sequence[str], float] = ((), 0.0)
-        authorities = os.environ.get("SSL_CERT_FILE") or certifi.where()
         self._client = httpx.AsyncClient(
-            verify=tls or ssl.create_default_context(cafile=authorities),
+            verify=tls or httpx.create_ssl_context(),  # SSL_CERT_FILE, or Mozilla's authorities
             timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
             limits=httpx.Limits(max_connections=connections_max, max_keepalive_connections=connections_max),
             follow_redirects=False,

@@ -58,6 +58,8 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("gateway", "columns_pings_per_s"): Goal(at_least=3_000_000, devices=100_000),
     ("gateway", "gcj02_error_m_max"): Goal(at_most=0.1),
     ("gateway", "bd09_error_m_max"): Goal(at_most=0.1),
+    ("figures", "stop_ms_max"): Goal(at_most=5.0, devices=10_000_000),
+    ("figures", "cpu_share_of_density"): Goal(at_most=0.005, devices=10_000_000),
     ("peers", "min_ratio"): Goal(at_least=50),
 }
 

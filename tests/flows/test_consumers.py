@@ -151,9 +151,9 @@ def test_taking_is_bounded_by_entries_over_all_shards_and_every_shard_has_its_tu
     taken = [devices(consumer.take(4, 1_000, 1)) for _ in range(5)]
     assert [len(part) for part in taken] == [4, 4, 4, 2, 0]
     assert [part[0] for part in taken[:2]] == ["0-1", "1-3"]
-    for shard in "01":
-        got = [device_id for part in taken for device_id in part if device_id[0] == shard]
-        assert got == [f"{shard}-{number}" for number in range(1, 8)]
+    for name in "01":
+        got = [device_id for part in taken for device_id in part if device_id[0] == name]
+        assert got == [f"{name}-{number}" for number in range(1, 8)]
 
 
 def test_one_shard_alone_fills_what_is_taken(client: redis.Redis) -> None:

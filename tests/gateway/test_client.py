@@ -305,7 +305,7 @@ def test_a_body_that_is_too_large_is_cut() -> None:
     gateway = Gateway(httpx.Response(413), httpx.Response(413))
     with gateway.client() as partner:
         pings = partner.pings()
-        pings.add_columns([f"{n}" for n in range(8)], [1.0] * 8, [2.0] * 8, range(8))  # type: ignore[arg-type]
+        pings.add_columns([f"{n}" for n in range(8)], [1.0] * 8, [2.0] * 8, range(8))
         assert pings.flush(PATIENCE_S)
         assert pings.accepted == 8
     assert [accepted_of(request) for request in gateway.requests] == [8, 4, 2, 2, 4]

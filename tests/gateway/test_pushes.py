@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import pytest
@@ -154,8 +154,8 @@ def _grow_old(client: redis.Redis, shard: int) -> None:
     """A minute passes for what is pending there, as the server sees it."""
     key = push_key(shard, "amap")
     for one in client.xpending_range(key, GROUP, "-", "+", 100):
-        owner = one["consumer"]
-        client.xclaim(key, GROUP, owner, 0, [one["message_id"]], idle=61_000, justid=True)
+        owner = cast(bytes, one["consumer"])
+        client.xclaim(key, GROUP, owner, 0, [cast(bytes, one["message_id"])], idle=61_000, justid=True)
 
 
 def test_queue_that_was_acknowledged_can_be_trimmed(http: Http, keys: Keys, client: redis.Redis) -> None:
@@ -247,7 +247,7 @@ def test_dead_letter_that_is_replayed_is_acknowledged_under_its_entrys_id(
 def _deliver_in_vain(client: redis.Redis) -> None:
     key = push_key(1, "amap")
     for one in client.xpending_range(key, GROUP, "-", "+", 10):
-        client.xclaim(key, GROUP, one["consumer"], 0, [one["message_id"]])
+        client.xclaim(key, GROUP, cast(bytes, one["consumer"]), 0, [cast(bytes, one["message_id"])])
 
 
 # --- many who wait, clients that go away, several gateways ------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_hundreds_who_wait_are_one_thread_and_each_push_goes_to_one_of_them(clie
         assert len(threads) == 1
         for number in range(20):
             await asyncio.to_thread(put, client, number % 2, 7 + number, [f"{number}"])
-        done = set()
+        done: set[asyncio.Future[list[str]]] = set()
         while len(done) < 20:
             done |= (await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))[0]
             waiting = [one for one in waiting if one not in done]
