@@ -82,6 +82,47 @@ def test_edit_whose_answer_was_lost_is_neither_made_again_nor_refused(
     ]
 
 
+class Beside:
+    """A companion that keeps a note of its own, and counts its looks."""
+
+    def __init__(self, client: redis.Redis, refusal: Exception | None = None, disturbances: int = 0) -> None:
+        self._client, self._refusal, self._disturbances = client, refusal, disturbances
+        self.looks: list[int | None] = []
+
+    def keys(self) -> tuple[str, ...]:
+        return ("note:{desk}",)
+
+    def look(self, known: desk.DeskAlert | None, now_ms: int) -> None:
+        self.looks.append(None if known is None else known.alert.revision)
+        if self._disturbances:
+            self._disturbances -= 1
+            self._client.set("note:{desk}", "changed by somebody else")
+        if self._refusal is not None:
+            raise self._refusal
+
+    def write(self, pipeline: Any, state: desk.DeskAlert) -> None:
+        pipeline.set("note:{desk}", f"revision {state.alert.revision}")
+
+
+def test_companion_is_written_with_the_event_or_nothing_is(client: redis.Redis, alert_desk: Desk) -> None:
+    alert_desk.publish(ALERT, companion=Beside(client))
+    assert client.get("note:{desk}") == b"revision 1"
+    with pytest.raises(KeyError, match="no"):
+        alert_desk.update("a17", {"lat": 31.0}, companion=Beside(client, KeyError("no")))
+    with pytest.raises(RevisionConflict):
+        alert_desk.close("a17", "found", 9, companion=Beside(client))
+    assert client.get("note:{desk}") == b"revision 1"
+    assert len(events(client, DESK_KEY)) == 1
+
+
+def test_companion_looks_again_when_what_it_saw_has_changed(client: redis.Redis, alert_desk: Desk) -> None:
+    beside = Beside(client, disturbances=2)
+    alert_desk.publish(ALERT, companion=beside)
+    assert beside.looks == [None, None, None]
+    assert client.get("note:{desk}") == b"revision 1"
+    assert len(events(client, DESK_KEY)) == 1
+
+
 def test_id_that_was_published_before_is_refused(alert_desk: Desk) -> None:
     alert_desk.publish(ALERT)
     with pytest.raises(AlertRefused, match="alert 'a17': was published before and is open; edit it, or take another"):

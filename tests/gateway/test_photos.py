@@ -32,7 +32,9 @@ def test_place_name_and_comment_of_a_picture_are_dropped(kind: str) -> None:
     exif = Image.Exif()
     exif[MAKE] = "SecretCamera"
     exif.get_ifd(GPS_IFD)[LATITUDE] = (30.0, 16.0, 27.0)
-    body = encoded(picture(), kind, exif=exif, icc_profile=b"SecretProfile" * 20, xmp=b"<SecretXmp/>")
+    body = encoded(
+        picture(), kind, exif=exif, icc_profile=b"SecretProfile" * 20, xmp=b"<SecretXmp/>", comment="SecretComment"
+    )
     assert b"SecretCamera" in body
     photo = remake(body)
     assert b"Secret" not in photo.jpeg

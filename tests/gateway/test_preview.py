@@ -114,6 +114,29 @@ def test_partners_are_counted_apart_and_add_up() -> None:
     assert phones_within(table, covered, []) == 0
 
 
+def test_pooled_area_is_spread_over_its_thin_zones_and_not_over_the_crowded_one_among_them() -> None:
+    zone = int(zones_of([(LAT, LNG)])[0])
+    first = zone // 7 * 7
+    siblings = [other for other in range(first, first + 7) if other != zone]
+    density = Density(
+        zone=np.arange(first, first + 7, dtype=np.uint32),
+        partner=np.zeros(7, np.uint16),
+        count=np.array([500 if other == zone else 10 for other in range(first, first + 7)], np.int64),
+        partners=("amap",),
+        at_ms=1,
+        missing=(),
+        left_out=0,
+    )
+    covered = Covered(LAT, LNG, 12)
+
+    def share(other: int) -> float:
+        return float(covered.between(np.array([other]), np.array([other + 1]))[0])
+
+    expected = 500 * share(zone) + 60 * sum(map(share, siblings)) / 6
+    assert 0 < sum(map(share, siblings)) < 5
+    assert phones_within(crowd_table(density), covered, None) == pytest.approx(expected)
+
+
 # --- of no use for finding one ----------------------------------------------------------------------------------------
 
 
