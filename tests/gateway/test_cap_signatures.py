@@ -276,27 +276,37 @@ def _two_signatures(root: etree._Element) -> None:
     root.append(deepcopy(root.find(f"{DS}Signature")))
 
 
+def _another_object(root: etree._Element) -> None:
+    etree.SubElement(root.find(f"{DS}Signature"), f"{DS}Object").text = "not signed"
+
+
 @pytest.mark.parametrize(
-    "wrap",
+    ("wrap", "expected"),
     [
-        _signed_in_note,
-        _signature_deeper,
-        _another_alert_beside,
-        _reference_to_a_part,
-        _no_reference,
-        _two_references,
-        _another_transform,
-        _without_transform,
-        _comments_count,
-        _two_signatures,
+        (_signed_in_note, "no Object in it"),
+        (_another_object, "no Object in it"),
+        (_signature_deeper, "a signature directly in alert"),
+        (_another_alert_beside, "a signature that fits the message"),
+        (_reference_to_a_part, 'URI="", the whole document'),
+        (_no_reference, 'URI="", the whole document'),
+        (_two_references, "exactly one"),
+        (_another_transform, "enveloped-signature, then at most one canonicalization"),
+        (_without_transform, "enveloped-signature, then at most one canonicalization"),
+        (_comments_count, "an algorithm of REC-xml-c14n-20010315, xml-c14n11, xml-exc-c14n"),
+        (_two_signatures, "one signature"),
     ],
 )
 def test_a_signature_that_covers_something_else_is_refused(
-    known: CapCertificates, signer: Signer, wrap: Callable[[etree._Element], None]
+    known: CapCertificates, signer: Signer, wrap: Callable[[etree._Element], None], expected: str
 ) -> None:
     body = signer.sign(cap_xml())
     assert known.verify(changed(body, lambda root: None), NOW) is not None
-    refusal(known, changed(body, wrap))
+    assert refusal(known, changed(body, wrap)).expected == expected
+
+
+def test_a_genuine_signature_over_a_part_is_refused(known: CapCertificates, signer: Signer) -> None:
+    body = signer.sign(cap_xml().replace(b"<info>", b'<info Id="part">'), reference_uri="#part")
+    assert refusal(known, body).expected == 'URI="", the whole document'
 
 
 def test_a_signature_around_a_message_is_refused(known: CapCertificates, signer: Signer) -> None:
