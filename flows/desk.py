@@ -269,6 +269,8 @@ class Relay:
     def __init__(self, client: redis.Redis, metrics: Metrics = METRICS) -> None:
         self._client = client
         self._metrics = metrics
+        self._keys: list[str] = []
+        """Where each shard's position is kept; empty until the logs have been seen."""
 
     def copy_pending(self) -> LogId:
         """Copy what any log still lacks; returns the last desk id that is in all of them.
@@ -276,10 +278,16 @@ class Relay:
         Raises SettingsMismatch if there are no logs yet; redis.RedisError: then call again, nothing is copied twice
         that matters.
         """
-        settings = read_settings(self._client)
-        if settings is None:
-            raise SettingsMismatch("there are no logs yet to copy alerts to; start `tuanyuan run` first")
-        return min(self._copy_to(shard) for shard in range(settings.shard_count))
+        if not self._keys:
+            settings = read_settings(self._client)
+            if settings is None:
+                raise SettingsMismatch("there are no logs yet to copy alerts to; start `tuanyuan run` first")
+            self._keys = [relay_key(shard) for shard in range(settings.shard_count)]
+        # Two questions for all shards: most of the time no log lacks anything.
+        last = cast("list[tuple[bytes, object]]", self._client.xrevrange(DESK_KEY, count=1))
+        newest = parse_id(last[0][0]) if last else FIRST
+        positions = [_position(raw) for raw in cast("list[bytes | None]", self._client.mget(self._keys))]
+        return min(copied if copied >= newest else self._copy_to(shard) for shard, copied in enumerate(positions))
 
     def _copy_to(self, shard: int) -> LogId:
         """Copy what one shard's log lacks; returns the last desk id that it has."""
@@ -287,8 +295,7 @@ class Relay:
             with self._client.pipeline(transaction=True) as pipeline:
                 # Watched, so that a slow relay does not turn `relay` back behind a faster one's copies.
                 cast(Any, pipeline).watch(relay_key(shard))
-                raw = cast("bytes | None", self._client.get(relay_key(shard)))
-                copied = FIRST if raw is None else parse_id(raw)
+                copied = _position(cast("bytes | None", self._client.get(relay_key(shard))))
                 events = self._events_after(copied)
                 if not events:
                     return copied
@@ -303,6 +310,9 @@ class Relay:
                     pipeline.execute()
                 except redis.WatchError as error:
                     raise_if_lost(error)
+                    continue
+                if len(events) < RELAY_EVENTS_MAX:
+                    return events[-1][0]
 
     def _events_after(self, desk_id: LogId) -> list[tuple[LogId, Mapping[bytes, bytes]]]:
         entries = cast(
@@ -325,6 +335,11 @@ class Relay:
             logger.error("desk entry %s is passed over: %s", format_id(desk_id), malformed)
             return None
         return encode_entry(replace(event, desk_id=desk_id))
+
+
+def _position(raw: bytes | None) -> LogId:
+    """The last desk event that a log has."""
+    return FIRST if raw is None else parse_id(raw)
 
 
 class RelayThread:
