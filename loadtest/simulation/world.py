@@ -298,7 +298,7 @@ def _rates(rng: random.Random) -> Rates:
 
     return Rates(
         death=some(0.006),
-        interleaving=some(0.21, 0.7),
+        interleaving=some(0.2, 0.7),
         link_break=some(0.044),
         short_write=some(0.2, 0.3),
         disk_full=some(0.03, 0.2),
