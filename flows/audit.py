@@ -432,6 +432,8 @@ class OwedPushes:
         band_deg = np.degrees(alerts.radius_km[slots] / EARTH_RADIUS_KM) + BAND_SPARE_DEG
         near: Bool = np.abs(lats[None, :] - alerts.lat[slots][:, None]) <= band_deg[:, None]
         which, position = np.nonzero(near)
+        if not len(which):
+            return
         slot, row = slots[which], rows[position]
         asked = alerts.audience[slot, self._partner[row]] & ~self._is_told(slot, row)
         slot, row = slot[asked], row[asked]

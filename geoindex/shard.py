@@ -13,8 +13,7 @@ pushes are grouped into queue entries. The rules are those of design section 3; 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -58,6 +57,9 @@ class ShardCounters:
     pings_refused: dict[str, int] = field(default_factory=lambda: {"from_the_future": 0, "too_old": 0})
     devices_pushed: dict[str, int] = field(default_factory=lambda: {"alert": 0, "update": 0, "resolved": 0})
     alert_events_ignored: int = 0
+
+    def copied(self) -> ShardCounters:
+        return replace(self, pings_refused=dict(self.pings_refused), devices_pushed=dict(self.devices_pushed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ class ShardMachine:
             alert_slot_count=self._alerts.slot_count,
             told_words=self._devices.told_words,
             table_counts=tuple(self._devices.columns.counts.tolist()),
-            counters=deepcopy(self.counters),
+            counters=self.counters.copied(),
             ended=self.ended_alerts(),
         )
 
@@ -205,7 +207,7 @@ class ShardMachine:
         machine._sweep_due_ms = state.sweep_due_ms
         machine._due_ms = machine._alerts.next_due_ms()
         machine.clock_ms = state.clock_ms
-        machine.counters = deepcopy(state.counters)
+        machine.counters = state.counters.copied()
         return machine
 
     # --- time -------------------------------------------------------------------------------------------------------

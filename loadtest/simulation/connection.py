@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -136,8 +137,7 @@ class SimulatedConnection:
             self._replies.extend(replies[: fate.reply_count])
             self._replies.append(_BROKEN)
         else:
-            for command in commands:
-                self._replies.append(server.execute(session, command))
+            self._replies.extend([server.execute(session, command) for command in commands])
         self.route.interlude("behind")
 
     def read_response(self, *_: Any, **__: Any) -> Any:
@@ -201,8 +201,16 @@ class _Client(redis.Redis):
 
 def simulated_client(route: Route) -> redis.Redis:
     """The real client library over a route."""
-    pool = _Pool(connection_class=cast(Any, SimulatedConnection), route=route, protocol=2)
-    return _Client(connection_pool=pool)
+    client = copy(_CLIENT)  # making one fills a table of 400 replies' parsers
+    client.connection_pool = _pool(route)
+    return client
+
+
+def _pool(route: Route) -> _Pool:
+    return _Pool(connection_class=cast(Any, SimulatedConnection), route=route, protocol=2)
+
+
+_CLIENT = _Client(connection_pool=_pool(Route(SimulatedServer(0))))
 
 
 def simulated_links(client: redis.Redis, clock: SimulatedClock) -> LinkOpener:
@@ -214,8 +222,4 @@ def _words(command: Sequence[Any]) -> list[bytes]:
     """A command as the server gets it: `XGROUP CREATE` is two words there."""
     first = command[0]
     words = [*first.split(), *command[1:]] if isinstance(first, str) and " " in first else command
-    return [word if type(word) is bytes else _raw(word) for word in words]
-
-
-def _raw(word: Any) -> bytes:
-    return word if isinstance(word, bytes) else str(word).encode()
+    return [word if isinstance(word, bytes) else str(word).encode() for word in words]

@@ -679,7 +679,7 @@ def _bound(raw: bytes, whole: EntryId) -> tuple[EntryId, bool]:
 
 def _streams(words: list[bytes]) -> tuple[dict[bytes, bytes], list[bytes], list[bytes]]:
     """Options, keys and ids of XREAD and XREADGROUP."""
-    place = next(index for index, word in enumerate(words) if word.upper() == b"STREAMS")
+    place = [word.upper() for word in words].index(b"STREAMS")
     options = {words[index].upper(): words[index + 1] for index in range(0, place, 2)}
     names = words[place + 1 :]
     half = math.ceil(len(names) / 2)

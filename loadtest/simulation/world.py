@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import random
 import traceback
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,11 +233,16 @@ class World:
 
     def run_some(self) -> None:
         """The turn of some actor."""
-        now_ms = self.now_ms
-        awake = [actor for actor in self.actors if actor.process.paused_until_ms <= now_ms]
+        now_ms, total = self.now_ms, 0
+        awake: list[Actor] = []
+        up_to: list[int] = []
+        for actor in self.actors:
+            if actor.process.paused_until_ms <= now_ms:
+                total += actor.weight
+                awake.append(actor)
+                up_to.append(total)
         if awake:
-            (actor,) = self.rng.choices(awake, [actor.weight for actor in awake])
-            self.run(actor)
+            self.run(awake[bisect_right(up_to, self.rng.random() * total)])
 
     def interlude(self, process: Process, moment: str) -> None:
         """At an exchange of a process: it may die, or another actor may run."""
@@ -291,9 +297,9 @@ def _rates(rng: random.Random) -> Rates:
         return most * strength if used else 0.0
 
     return Rates(
-        death=some(0.004),
-        interleaving=some(0.15, 0.7),
-        link_break=some(0.03),
+        death=some(0.006),
+        interleaving=some(0.2, 0.7),
+        link_break=some(0.044),
         short_write=some(0.2, 0.3),
         disk_full=some(0.03, 0.2),
         server_restart=some(0.02),

@@ -37,13 +37,13 @@ EXIT_REFUSED = 3
 CLONE_NEWNET = 0x40000000
 """Linux, sched.h."""
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["loadtest.soak.warm", __name__])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["loadtest.soak.warm", __name__])
 
 
 def start_fork_server() -> None:
     """Have every kernel in memory before anything goes on; at once if it is so already."""
-    process = _CONTEXT.Process(target=_nothing, daemon=True)
+    process = CONTEXT.Process(target=_nothing, daemon=True)
     process.start()
     process.join()
 
@@ -185,7 +185,7 @@ class ForkedFlow:
     def __init__(self, url: str, var: Path, log_path: Path, trouble: Trouble | None = None, **options: Any) -> None:
         self._log_path = log_path
         log_path.touch()
-        self._process = _CONTEXT.Process(
+        self._process = CONTEXT.Process(
             target=_run, args=(url, str(var), str(log_path), trouble or Trouble(), options), daemon=True
         )
         self._process.start()

@@ -17,7 +17,6 @@ import numpy as np
 import redis
 
 from flows.alert_json import AlertRefused
-from flows.audit import OwedPush
 from flows.consumers import Consumer
 from flows.desk import Desk, DeskAnswer
 from flows.log import LogId, LogWriter, format_id, log_key, parse_id, trimmed_key
@@ -91,6 +90,9 @@ class _Worker(threading.Thread):
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
+        self.going = threading.Event()
+        """Cleared: it does nothing until it is set again, or until it has to end."""
+        self.going.set()
         self.ending = threading.Event()
         self.problem: BaseException | None = None
 
@@ -140,6 +142,8 @@ class Senders(_Worker):
         number, due_s = 0, time.monotonic()
         crowd = phones(0, self._phone_count)
         while not self.ending.is_set():
+            if not self.going.wait(0.05):
+                continue
             if number % COHORT_BATCHES == 0:
                 crowd = phones(number // COHORT_BATCHES, self._phone_count)
             number += 1
@@ -178,7 +182,8 @@ class Officers(_Worker):
 
     def work(self) -> None:
         while not self.ending.wait(self._chance.uniform(0, 2 * self._pause_s)):
-            self._one_more()
+            if self.going.is_set():
+                self._one_more()
         while not self._close_all():
             time.sleep(0.05)
 
@@ -245,7 +250,6 @@ class Delivered:
 
     at_s: float
     latency_ms: float
-    pushes: tuple[OwedPush, ...]
 
 
 class Partner(_Worker):
@@ -259,35 +263,23 @@ class Partner(_Worker):
         self.delivered: dict[tuple[str, LogId], Delivered] = {}
         self.again = 0
         """Deliveries of entries that it had before."""
-        self.reading = threading.Event()
-        self.reading.set()
         self._url, self._shard_count, self._consumer, self._claim_after_s = url, shard_count, consumer, claim_after_s
 
     def work(self) -> None:
         client = connect(self._url)
         consumer = Consumer(client, self.partner, self._shard_count, "soak", self._consumer, self._claim_after_s)
         while not self.ending.is_set():
-            if not self.reading.wait(0.05):
+            if not self.going.wait(0.05):
                 continue
             try:
                 deliveries = consumer.read(100, 0)
                 now_s = time.time()
                 for delivery in deliveries:
-                    if delivery.push is None:
-                        raise RuntimeError(f"{delivery.stream}: {delivery.fault}")
-                    push = delivery.push
                     key = delivery.stream, delivery.entry_id
                     if key in self.delivered:
                         self.again += 1
                         continue
-                    self.delivered[key] = Delivered(
-                        now_s,
-                        now_s * 1000 - delivery.entry_id[0],
-                        tuple(
-                            OwedPush(push.kind, push.alert_id, push.revision, self.partner, device_id)
-                            for device_id in push.device_ids
-                        ),
-                    )
+                    self.delivered[key] = Delivered(now_s, now_s * 1000 - delivery.entry_id[0])
                 consumer.acknowledge(deliveries)
             except SERVER_TROUBLE:
                 deliveries = []

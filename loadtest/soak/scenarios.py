@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from flows.consumers import Consumer, Delivery
-from flows.log import LogWriter, append_entry, log_key, push_key, settings_key
+from flows.log import LogWriter, append_entry, log_key, settings_key
 from flows.metrics import read_stats
 from flows.server import link_opener
 from flows.wire import decode_push, encode_entry, split_by_shard
@@ -43,8 +43,6 @@ from loadtest.soak.stage import Stage
 
 TOLD_PHONES = 3000
 TWO_HOURS_S = 7200.0
-BEHIND_ENTRIES = 50
-"""As many as may be on their way to a partner that reads."""
 READ_AHEAD_MB = 8
 """Of the flow whose memory is watched."""
 MEMORY_SPARE_MB = 96
@@ -57,6 +55,8 @@ class Size:
 
     times: int = 1
     seconds: float = 1.0
+    hours: float = 1.0
+    """Of the past, that something stands for."""
 
 
 # ---- flows that die
@@ -284,42 +284,6 @@ def full_disk(stage: Stage, size: Size) -> None:
 
 
 # ---- partners
-
-
-def partner_offline(stage: Stage, size: Size) -> None:
-    """One partner reads nothing, and then everything at once, in turns; what the other waits for is compared."""
-    stage.live()
-    stage.flow()
-    stage.settle()
-    away = next(partner for partner in stage.partners if partner.partner == "baidu")
-    keys = [push_key(shard, "baidu") for shard in stage.shards]
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    waiting = 0
-    stage.spend(size.seconds / 2)
-
-    def behind() -> int:
-        return sum(stage.client.xlen(key) for key in keys) - len(away.delivered)
-
-    for _ in stage.rounds(size.times):
-        for reads in (True, False):
-            started_s = time.time()
-            stage.spend(size.seconds)
-            spans[reads].append((started_s, time.time()))
-            if reads:
-                away.reading.clear()
-        waiting = max(waiting, behind())
-        away.reading.set()
-        wait_until(lambda: behind() < BEHIND_ENTRIES, "the partner to have made up for it")
-    for reads, name in ((True, "reads"), (False, "is_away")):
-        latencies = [
-            entry.latency_ms
-            for entry in stage.delivered("amap")
-            if any(start_s <= entry.at_s < stop_s for start_s, stop_s in spans[reads])
-        ]
-        for quantile in (50, 99):
-            found = round(float(np.percentile(latencies, quantile)), 1)
-            stage.measured[f"other_partner_p{quantile}_ms_while_it_{name}"] = found
-    stage.measured["entries_waiting_max"] = waiting
 
 
 def consumer_dies(stage: Stage, size: Size) -> None:

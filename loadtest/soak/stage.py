@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from flows.desk import DESK_KEY, Desk
-from flows.log import FIRST, last_id, parse_id, push_key
+from flows.log import FIRST, LogId, last_id, parse_id, push_key
 from flows.server import connect
 from geoindex.entries import Settings
 from loadtest.soak.accounts import Account, StreamEntries, account, alert_events
@@ -80,7 +80,9 @@ class Stage(Deployment):
         officers: bool = True,
         per_s: float = 30.0,
         phone_count: int = PHONES,
+        partners: bool = True,
         claim_after_s: float = 1.0,
+        officer_pause_s: float = 0.06,
     ) -> None:
         """Let phones ping, officers work and partners read, all through `url`."""
         url = url or self.server.url
@@ -90,18 +92,46 @@ class Stage(Deployment):
         if officers:
             client = connect(url)
             self.exits.callback(client.close)
-            self.officers = Officers(Desk(client), self._seed)
+            self.officers = Officers(Desk(client), self._seed, officer_pause_s)
             self._begin(self.officers)
-        if self.setting.keeps_acknowledged:
-            shard_count = self.settings.shard_count
+        if partners and self.setting.keeps_acknowledged:
             for name in self.settings.partners:
-                partner = Partner(url, name, shard_count, claim_after_s=claim_after_s)
-                self.partners.append(partner)
-                self._begin(partner)
+                self.partner(name, url, claim_after_s)
+
+    def partner(
+        self,
+        name: str,
+        url: str | None = None,
+        claim_after_s: float = 1.0,
+        delivered: Mapping[tuple[str, LogId], Delivered] | None = None,
+    ) -> Partner:
+        """One partner reads from now on. `delivered`: what it was given before, by another consumer."""
+        partner = Partner(url or self.server.url, name, self.settings.shard_count, claim_after_s=claim_after_s)
+        partner.delivered |= delivered or {}
+        self.partners.append(partner)
+        self._begin(partner)
+        return partner
 
     def _begin(self, worker: Senders | Officers | Partner) -> None:
         worker.start()
         self.exits.callback(worker.ending.set)
+
+    def beside(self, name: str) -> Stage:
+        """Another deployment of the same kind, in a folder of its own, for comparison."""
+        folder = self.folder / name
+        folder.mkdir()
+        return Stage(folder, self.exits, self.setting, self._seed, self.say, self._deadline_s)
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        """Phones and officers are at work; behind it they rest, and what they caused is done."""
+        workers = [worker for worker in (self.senders, self.officers) if worker is not None]
+        for worker in workers:
+            worker.going.set()
+        yield
+        for worker in workers:
+            worker.going.clear()
+        self.settle()
 
     def rounds(self, times: int) -> Iterator[int]:
         """0, 1, ... below `times`, ending early when the scenario's time is over, but not before the first."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loadtest.soak import scenarios
+from loadtest.soak.offline import partner_offline
 from loadtest.soak.scenarios import Size
 from loadtest.soak.stage import Setting, Stage
 
@@ -80,10 +81,10 @@ LINES: tuple[Line, ...] = (
     Line("disk-full", "disk full", scenarios.full_disk, Size(1), Size(20), Setting(disk_mb=256)),
     Line(
         "partner-offline",
-        "a partner offline while others flow",
-        scenarios.partner_offline,
-        Size(1, 0.8),
-        Size(4, 6),
+        "a partner offline for hours while others flow (their p99 unchanged within 10 %)",
+        partner_offline,
+        Size(1, 0.5, hours=0.005),
+        Size(24, 2.2, hours=2.0),
     ),
     Line("consumer-dies", "consumer dies before ack", scenarios.consumer_dies, Size(3), Size(100)),
     Line("burst", "10x burst of pings (memory bounded)", scenarios.burst, Size(seconds=0.7), Size(seconds=15)),

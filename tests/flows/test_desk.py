@@ -14,7 +14,7 @@ import redis
 from flows import desk
 from flows.alert_json import AlertRefused
 from flows.desk import DESK_KEY, Desk, Relay, RelayThread, RevisionConflict, alert_key
-from flows.log import SettingsMismatch, ensure_settings, last_id, log_key, parse_id, relay_key
+from flows.log import FIRST, SettingsMismatch, ensure_settings, format_id, last_id, log_key, parse_id, relay_key
 from flows.metrics import Metrics
 from flows.server import LinkOpener
 from flows.wire import decode_entry
@@ -286,6 +286,33 @@ def test_relay_copies_nothing_twice(client: redis.Redis, alert_desk: Desk, logs:
     for _ in range(3):
         Relay(client).copy_pending()
     assert [len(events(client, log_key(shard))) for shard in range(4)] == [1] * 4
+
+
+def test_relay_that_has_nothing_to_copy_asks_two_questions_for_all_shards(
+    client: redis.Redis, alert_desk: Desk, logs: Settings
+) -> None:
+    alert_desk.publish(ALERT)
+    relay = Relay(client)
+    copied = relay.copy_pending()
+    client.config_resetstat()
+    assert relay.copy_pending() == copied
+    asked = {name: found["calls"] for name, found in cast(Any, client.info("commandstats")).items()}
+    assert asked == {"cmdstat_xrevrange": 1, "cmdstat_mget": 1, "cmdstat_config|resetstat": 1}
+
+
+def test_relay_copies_to_the_log_that_lacks_an_event_and_to_no_other(
+    client: redis.Redis, alert_desk: Desk, logs: Settings
+) -> None:
+    first = alert_desk.publish(ALERT)
+    relay = Relay(client)
+    relay.copy_pending()
+    second = alert_desk.close("a17", "found")
+    relay._copy_to([2])
+    client.set(relay_key(1), format_id(FIRST))  # as if its server had lost what it knew: events come twice, with one id
+    assert relay.copy_pending() == second.desk_id
+    seen = [[event.desk_id for event in events(client, log_key(shard))] for shard in range(4)]
+    both = [first.desk_id, second.desk_id]
+    assert seen == [both, [first.desk_id, *both], both, both]
 
 
 def test_relay_copies_more_than_fits_into_one_transaction(

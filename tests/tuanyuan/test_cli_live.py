@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.log import ensure_settings, log_key, push_key
+from flows.log import ensure_settings, format_id, last_id, log_key, push_key
 from flows.server import EmbeddedServer, connect
 from flows.wire import encode_push
 from geoindex.columns import Push, pack_ids
@@ -365,8 +365,8 @@ def test_ctrl_c_ends_a_world_cleanly_and_says_how_much_it_sent(folder: Path, flo
     assert server is not None
     client = connect(server.url)
     with Running("send", "--world", "1000", "--rate", "2000", "--json", folder=folder, TUANYUAN_VAR="v") as sending:
-        before = client.xlen(log_key(0))
-        wait_until(lambda: client.xlen(log_key(0)) > before + 5)  # more than ticks
+        began = format_id(last_id(client, log_key(0)))
+        wait_until(lambda: any(b"pings" in fields for _, fields in client.xrange(log_key(0), f"({began}")))
         ended = sending.end(signal.SIGINT)
     client.close()
     assert ended.code == 0, ended.err

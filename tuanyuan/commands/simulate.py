@@ -28,6 +28,10 @@ Examples:
 A seed is a run: the same seed gives the same faults at the same moments. One that fails is printed with what was
 violated and with what happened before; --seed plays it again. The exit code is 1 if anything was violated, also with
 --mutation, which breaks the program on purpose to show that the simulator would notice.
+
+Seeds beyond repair are those whose disk faults, two at once, left no checkpoint to start from: they end there, are
+counted by themselves, and hold nothing against the program. In --json: seeds = played_to_the_end + beyond_repair + the
+number of failing_seeds.
 """
 
 FAILURES_SHOWN_MAX = 3
@@ -100,10 +104,13 @@ def _print(totals: Totals) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    ended = f"{found['played_to_the_end']:,} played to the end, {found['beyond_repair']} beyond repair"
+    if totals.beyond_repair:
+        seeds = ", ".join(map(str, totals.beyond_repair))
+        ended += f": disk faults left no checkpoint to start from, and no accounts were made of seeds {seeds}"
+    console.print(ended, highlight=False, soft_wrap=True)
     faults = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in found["faults"].items())
     console.print(f"faults: {faults}", highlight=False, soft_wrap=True)
-    if totals.beyond_repair:
-        console.print(f"{totals.beyond_repair} seeds ended early: disk faults left no checkpoint", highlight=False)
 
 
 def _show(result: SeedResult, mutation: str | None) -> None:
