@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -366,7 +367,7 @@ def test_ctrl_c_ends_a_world_cleanly_and_says_how_much_it_sent(folder: Path, flo
     client = connect(server.url)
     with Running("send", "--world", "1000", "--rate", "2000", "--json", folder=folder, TUANYUAN_VAR="v") as sending:
         began = format_id(last_id(client, log_key(0)))
-        wait_until(lambda: any(b"pings" in fields for _, fields in client.xrange(log_key(0), f"({began}")))
+        wait_until(lambda: any(b"pings" in fields for _, fields in cast(Any, client.xrange(log_key(0), f"({began}"))))
         ended = sending.end(signal.SIGINT)
     client.close()
     assert ended.code == 0, ended.err

@@ -1,7 +1,12 @@
-"""`tuanyuan demo`: a server, a flow, a world of phones and one missing child, watched live and checked at the end."""
+"""`tuanyuan demo`: a server, a flow, a gateway, a world of phones and one missing child, watched live and checked.
+
+phones ──partners' clients──> gateway ──> logs ──> flow ──> queues ──> gateway ──> partners' clients
+officer ──HTTP──> gateway ──> desk ───────^
+"""
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +14,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
+import httpx
+import numpy as np
 import redis
 import typer
 from rich.console import Group
@@ -23,16 +31,18 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.audit import AuditResult, OwedPush, OwedPushes, compare
-from flows.consumers import Consumer
-from flows.desk import Desk, Relay
-from flows.log import LogWriter, add_partner, done_key, last_id, log_key, parse_id, read_settings
+from flows.desk import Desk
+from flows.log import done_key, last_id, log_key, parse_id, read_settings
 from flows.metrics import Stats, read_stats
 from flows.reconcile import feed
-from flows.server import EmbeddedServer, connect, link_opener
-from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Schedule, Settings
+from flows.server import EmbeddedServer, connect
+from gateway.accounts import Accounts
+from gateway.client import Client, PingSender
+from gateway.keys import Sealer
+from geoindex.columns import E7, PingBatch
+from geoindex.entries import HOUR_MS, Alert, Schedule, Settings
 from geoindex.rings import growth_times_ms, radius_km
 from loadtest.world import World
-from tuanyuan.commands.send import with_partners
 from tuanyuan.console import console, fail, note
 
 EPILOG = """
@@ -48,8 +58,12 @@ START_SECONDS = 3.0
 """Of the time given, for starting; as much again for checking."""
 STREAM_SECONDS_MIN = 8.0
 SETTLE_TIMEOUT_S = 60.0
-ALERT_ID = "demo"
 PLACE = "Chengdu"
+OFFICER, DIVISION = "demo officer", "510100"
+"""Of Chengdu: the administrative division code (GB/T 2260)."""
+REQUESTS_PER_S = 1_000.0
+"""Of a partner's account: its program polls all the time here."""
+PULL_WAIT_S = 1.0
 
 # When things happen, in parts of the streaming time.
 PUBLISH_AT, HOUR_LASTS, CLOSE_AT = 0.15, 0.15, 0.82
@@ -70,20 +84,16 @@ def demo(
         EmbeddedServer.start(Path(folder) / "valkey", port=None, on_wait=note) as server,
     ):
         client = connect(server.url)
-        log_path = Path(folder) / "run.log"
-        with log_path.open("wb") as log:
-            # The logs are read from their beginnings at the end, by the audit.
-            command = ["run", "--valkey", server.url, "--var", folder, "--checkpoint-interval", "0", "--quiet"]
-            flow = subprocess.Popen(
-                [sys.executable, "-m", "tuanyuan.cli", *command, "--shard-count", str(SHARDS)],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        # The logs are read from their beginnings at the end, by the audit.
+        flow = _Process(
+            Path(folder),
+            *("run", "--valkey", server.url, "--var", folder, "--checkpoint-interval", "0", "--quiet"),
+            *("--shard-count", str(SHARDS)),
+        )
         try:
-            result = _Demo(client, flow, log_path, World(seed, phones), rate, stream_s).run()
+            result = _Demo(client, server.url, flow, Path(folder), World(seed, phones), rate, stream_s).run()
         finally:
-            _end(flow)
+            flow.end()
     for words in ("missed", "extra", "duplicate", "unretracted"):
         for push in getattr(result, words)[:5]:
             note(f"{words}: {push.kind} of {push.alert_id!r} to {push.device_id} of {push.partner}")
@@ -98,13 +108,35 @@ def _interrupted(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def _end(flow: subprocess.Popen[bytes]) -> None:
-    flow.terminate()
-    try:
-        flow.wait(15)
-    except subprocess.TimeoutExpired:
-        flow.kill()
-        flow.wait()
+class _Process:
+    """One of our own commands, with what it says in a file."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        self.name = name
+        self._log_path = folder / f"{name}.log"
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tuanyuan.cli", name, *arguments],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def said(self) -> str:
+        return self._log_path.read_text(errors="replace")
+
+    def check(self) -> None:
+        """Ends the demo if the process has ended."""
+        if self._process.poll() is not None:
+            fail(f"`tuanyuan {self.name}` has ended with {self._process.returncode}: {self.said()[-2000:]}")
+
+    def end(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @dataclass
@@ -122,20 +154,24 @@ class _Demo:
     def __init__(
         self,
         client: redis.Redis,
-        flow: subprocess.Popen[bytes],
-        log_path: Path,
+        url: str,
+        flow: _Process,
+        folder: Path,
         world: World,
         rate: int,
         stream_s: float,
     ) -> None:
         self._client = client
+        self._url = url
         self._flow = flow
-        self._log_path = log_path
+        self._gateway: _Process | None = None
+        self._folder = folder
         self._world = world
         self._rate = rate
         self._stream_s = stream_s
         self._desk = Desk(client)
         self._told = _Told()
+        self._told_lock = threading.Lock()
         self._streaming = threading.Event()
         self._pulling = threading.Event()
         self._problems: list[BaseException] = []
@@ -145,12 +181,31 @@ class _Demo:
 
     def run(self) -> AuditResult:
         settings = self._wait_for_flow()
+        self._gateway = _Process(
+            self._folder, "serve", "--valkey", self._url, "--var", str(self._folder), "--port", "0", "--quiet"
+        )
+        try:
+            return self._run(settings, self._wait_for_gateway(self._gateway))
+        finally:
+            self._gateway.end()
+
+    def _run(self, settings: Settings, gateway_url: str) -> AuditResult:
+        accounts = Accounts(self._client, Sealer.read(self._folder / "gateway.key"))
+        partners = {
+            name: Client(gateway_url, accounts.add_partner(name, requests_per_s=REQUESTS_PER_S).text)
+            for name in self._world.partner_names
+        }
+        officer_key = accounts.add_officer(OFFICER, DIVISION, "prefecture").text
         self._streaming.set()
         self._pulling.set()
-        sender = self._thread("sender", lambda: self._send(settings))
-        puller = self._thread("partners", lambda: self._pull(settings))
+        sender = self._thread("sender", lambda: self._send([client.pings() for client in partners.values()]))
+        pullers = [
+            self._thread(f"partner {name}", lambda name=name, client=client: self._pull(name, client))  # type: ignore[misc]
+            for name, client in partners.items()
+        ]
         try:
-            self._play()
+            with httpx.Client(base_url=gateway_url, headers={"Authorization": f"Bearer {officer_key}"}) as desk:
+                alert_id = self._play(desk)
             self._streaming.clear()
             sender.join()
             self._settle(settings)
@@ -158,15 +213,18 @@ class _Demo:
             self._streaming.clear()
             self._pulling.clear()
             sender.join()
-            puller.join()
+            for puller in pullers:
+                puller.join()
+            for client in partners.values():
+                client.close()
         if self._problems:
             raise self._problems[0]
-        note("Checking every push against a brute-force answer ...")
-        accounts = self._accounts(settings)
+        note(f"Checking every push of {alert_id} against a brute-force answer ...")
+        owed_by_shard = self._accounts(settings)
         return compare(
-            (push for owed in accounts for push in owed.pushes),
+            (push for owed in owed_by_shard for push in owed.pushes),
             self._told.pushes,
-            closed=set().union(*(owed.closed for owed in accounts)),
+            closed=set().union(*(owed.closed for owed in owed_by_shard)),
         )
 
     def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
@@ -185,85 +243,101 @@ class _Demo:
         while read_settings(self._client) is None or not read_stats(self._client).process_count:
             self._check()
             if time.monotonic() > deadline_s:
-                fail(f"the flow does not start: {self._log_path.read_text()[-2000:]}")
+                fail(f"the flow does not start: {self._flow.said()[-2000:]}")
             time.sleep(0.05)
-        return add_partner(self._client, self._world.partner_names)
+        settings = read_settings(self._client)
+        assert settings is not None, "it was there"
+        return settings
+
+    def _wait_for_gateway(self, gateway: _Process) -> str:
+        deadline_s = time.monotonic() + 60
+        while "ready;" not in (said := gateway.said()):
+            self._check()
+            if time.monotonic() > deadline_s:
+                fail(f"the gateway does not start: {said[-2000:]}")
+            time.sleep(0.05)
+        return str(re.findall(r"http://\S+", said)[0])
 
     def _check(self) -> None:
-        if self._flow.poll() is not None:
-            fail(f"the flow has ended with {self._flow.returncode}: {self._log_path.read_text()[-2000:]}")
+        self._flow.check()
+        if self._gateway is not None:
+            self._gateway.check()
         if self._problems:
             raise self._problems[0]
 
     # --- what goes on ---------------------------------------------------------------------------------------------
 
-    def _send(self, settings: Settings) -> None:
-        writer = LogWriter(link_opener(self._client), settings)
+    def _send(self, senders: Sequence[PingSender]) -> None:
+        """Each partner's client gets the pings of its phones; it batches, compresses and sends them."""
         try:
             for batch in self._world.first_sight(_now_ms(), 65_536):
-                writer.append_pings(with_partners(batch, self._world, settings))
+                _hand_over(batch, senders)
             started_s, given = time.monotonic(), 0
             while self._streaming.is_set():
                 due = int((time.monotonic() - started_s) * self._rate)
                 if due - given < self._rate // 20:
                     time.sleep(0.01)
                     continue
-                writer.append_pings(with_partners(self._world.batch(due - given, _now_ms()), self._world, settings))
+                _hand_over(self._world.batch(due - given, _now_ms()), senders)
                 given = due
         finally:
-            writer.close()
+            for sender in senders:
+                sender.close(SETTLE_TIMEOUT_S)
 
-    def _pull(self, settings: Settings) -> None:
-        client = redis.Redis(connection_pool=self._client.connection_pool)
-        consumers = {
-            partner: Consumer(client, partner, settings.shard_count, "demo", "demo") for partner in settings.partners
-        }
+    def _pull(self, partner: str, client: Client) -> None:
         while self._pulling.is_set():
-            found = False
-            for partner, consumer in consumers.items():
-                deliveries = consumer.read(100, 0)
-                for delivery in deliveries:
-                    push = delivery.push
+            pushes, _ = client.poll(1_000, PULL_WAIT_S)
+            with self._told_lock:
+                for push in pushes:
                     self._told.by_partner[partner, push.kind] += len(push.device_ids)
                     self._told.pushes += [
                         OwedPush(push.kind, push.alert_id, push.revision, partner, device_id)
                         for device_id in push.device_ids
                     ]
-                consumer.acknowledge(deliveries)
-                found = found or bool(deliveries)
-            if not found:
-                time.sleep(0.02)
+            if pushes:
+                client.acknowledge(push.id for push in pushes)
 
-    def _play(self) -> None:
-        """The alert's life, by the streaming time, with the view refreshed four times a second."""
+    def _play(self, desk: httpx.Client) -> str:
+        """The alert's life, by the streaming time, with the view refreshed four times a second; its id."""
         started_s = time.monotonic()
         alert: Alert | None = None
         closed = False
         with Live(console=console, auto_refresh=False, transient=False) as live:
-            while (elapsed_s := time.monotonic() - started_s) < self._stream_s:
+            while (elapsed_s := time.monotonic() - started_s) < self._stream_s or not closed:
                 self._check()
                 if alert is None and elapsed_s >= PUBLISH_AT * self._stream_s:
-                    alert = self._publish()
+                    alert = self._publish(desk)
                 if alert is not None and not closed and elapsed_s >= CLOSE_AT * self._stream_s:
                     closed = True
-                    self._desk.close(ALERT_ID, "found")
-                    Relay(self._client).copy_pending()
+                    _ask(desk, f"/v1/alerts/{alert.alert_id}/close", {"outcome": "found", "category": "lost"})
                 live.update(self._view(elapsed_s, alert, closed), refresh=True)
                 time.sleep(0.25)
             live.update(self._view(self._stream_s, alert, closed), refresh=True)
         if not console.is_terminal:
             console.print()  # a pipe gets the last view alone, without a line end
+        assert alert is not None, "it was closed"
+        return alert.alert_id
 
-    def _publish(self) -> Alert:
+    def _publish(self, desk: httpx.Client) -> Alert:
         hour_s = HOUR_LASTS * self._stream_s
         hour = hour_s * 1000 / HOUR_MS
         schedule: Schedule = ((hour, 100.0), (2 * hour, 200.0), (3 * hour, 300.0), (None, 500.0))
         place = self._world.place(PLACE)
-        now_ms = self._desk.now_ms()
-        alert = Alert(ALERT_ID, 1, place.lat, place.lng, now_ms, schedule, now_ms + DEFAULT_EXPIRY_MS)
-        self._desk.publish(alert)
-        Relay(self._client).copy_pending()
-        return alert
+        missing_since = datetime.fromtimestamp(self._desk.now_ms() / 1000, UTC).isoformat(timespec="milliseconds")
+        answer = _ask(
+            desk,
+            "/v1/alerts",
+            {
+                "location": {"lat": place.lat, "lng": place.lng},
+                "missing_since": missing_since,
+                "schedule": schedule,
+                "child": {"name": "小明", "sex": "male", "age": 6, "clothes": "红色外套"},
+                "contact": "028-00000000",
+            },
+        )
+        published = self._desk.show(answer["alert_id"])
+        assert published is not None, "the desk has it: it was acknowledged"
+        return published.alert
 
     def _settle(self, settings: Settings) -> None:
         """Wait until every log entry is done and every push has been pulled."""
@@ -347,6 +421,30 @@ class _Demo:
             (f"{bar:<25} ", "red"),
             f"next: {grows}",
         )
+
+
+def _hand_over(batch: PingBatch, senders: Sequence[PingSender]) -> None:
+    """A world's batch to the clients of the partners that know its phones."""
+    ids = batch.id_bytes.tobytes()
+    ends = batch.id_end.tolist()
+    device_ids = [ids[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    for partner, sender in enumerate(senders):
+        rows = np.flatnonzero(batch.partner == partner)
+        if len(rows):
+            sender.add_columns(
+                [device_ids[row] for row in rows.tolist()],
+                batch.lat_e7[rows] / E7,
+                batch.lng_e7[rows] / E7,
+                batch.observed_at_ms[rows],
+            )
+
+
+def _ask(desk: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The desk's answer. Ends the demo if it refuses."""
+    answer = desk.post(path, json=body)
+    if not answer.is_success:
+        fail(f"the desk refuses {path}: {answer.status_code} {answer.text}")
+    return cast("dict[str, Any]", answer.json())
 
 
 def _figure(name: str, value: str) -> Text:
