@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -40,6 +41,8 @@ TERMS = ping_bodies.Terms(3, Datum.GCJ02, NOW_MS - 1_000_000, NOW_MS + 1_000_000
 ROOM = 1 << 16
 OUT = Path("out/fuzz")
 INPUT_BYTES_MAX = 2_048
+RUNS_PER_PROCESS = 500_000
+"""The hooks of atheris keep up to 3 KB for an input of JSON, for good; without them nothing is kept (*measured*)."""
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------------
@@ -191,36 +194,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fuzz every decoder.", epilog="Failures are kept in out/fuzz.")
     parser.add_argument("--runs", type=int, default=10_000_000, help="inputs; default 10,000,000")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--corpus", type=Path, help="folder of inputs to begin with, and to add to; default: none kept")
     parser.add_argument("inputs", nargs="*", type=Path, help="run these and end")
     options = parser.parse_args()
     for path in options.inputs:
         one_input(path.read_bytes())
     if options.inputs:
         return
-    OUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="tuanyuan-fuzz-") as name:
-        corpus = Path(name) / "corpus"
-        corpus.mkdir()
-        for number, seed in enumerate(seeds()):
-            one_input(seed)  # compiles the kernels, and must be good
-            (corpus / f"seed-{number}").write_bytes(seed)
-        words = Path(name) / "words"
-        words.write_text(dictionary())
-        arguments = [
-            sys.argv[0],
-            f"-runs={options.runs}",
-            f"-seed={options.seed}",
-            f"-max_len={INPUT_BYTES_MAX}",
-            f"-dict={words}",
-            f"-artifact_prefix={OUT}/",
-            "-timeout=20",
-            "-rss_limit_mb=4096",
-            "-print_final_stats=1",
-            "-verbosity=1",
-            str(corpus),
-        ]
-        atheris.Setup(arguments, one_input)
-        atheris.Fuzz()
+        corpus = options.corpus or Path(name) / "corpus"
+        corpus.mkdir(parents=True, exist_ok=True)
+        if options.runs <= RUNS_PER_PROCESS:
+            fuzz(corpus, Path(name), options.runs, options.seed)
+        for number, start in enumerate(range(0, options.runs, RUNS_PER_PROCESS)):
+            runs = min(RUNS_PER_PROCESS, options.runs - start)
+            arguments = ["--runs", str(runs), "--seed", str(options.seed + number), "--corpus", str(corpus)]
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.fuzz.decoders", *arguments],
+                check=False,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            if done.returncode:
+                sys.exit(f"{done.stderr[-6000:]}\nthe input is kept in {OUT}")
+            summary = [line for line in done.stderr.splitlines() if line.startswith("#")][-1]
+            print(f"{start + runs:,} of {options.runs:,} inputs: {summary}", flush=True)
+
+
+def fuzz(corpus: Path, folder: Path, runs: int, seed: int) -> None:
+    """In this process, which libFuzzer ends."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    for number, good in enumerate(seeds()):
+        one_input(good)  # compiles the kernels, and must be good
+        (corpus / f"seed-{number}").write_bytes(good)
+    words = folder / "words"
+    words.write_text(dictionary())
+    arguments = [
+        sys.argv[0],
+        f"-runs={runs}",
+        f"-seed={seed}",
+        f"-max_len={INPUT_BYTES_MAX}",
+        f"-dict={words}",
+        f"-artifact_prefix={OUT}/",
+        "-timeout=20",
+        "-rss_limit_mb=4096",
+        str(corpus),
+    ]
+    atheris.Setup(arguments, one_input)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

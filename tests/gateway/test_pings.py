@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -222,6 +224,29 @@ class TestTheFlowIsBehind:
             client.set(done_key(shard), f"{ms}-{seq}")
         watch.look()
         assert answer(http.post(PATH, key=keys.amap, json=[ping("b")]))["accepted"] == 1
+
+
+class TestTheServerIsKilled:
+    @pytest.fixture
+    def server(self, own_server: EmbeddedServer) -> EmbeddedServer:
+        return own_server
+
+    def test_what_was_answered_is_in_the_logs_and_what_was_not_is_sent_again(
+        self, http: Http, keys: Keys, client: redis.Redis, gateway: Gateway, server: EmbeddedServer
+    ) -> None:
+        bodies = [[ping(f"{body}-{row}") for row in range(20)] for body in range(30)]
+        for number, body in enumerate(bodies):
+            if number in (7, 8, 20):  # and so the body is sent until it is accepted, as partners do
+                os.kill(server.pid, signal.SIGKILL)
+                response = http.post(PATH, key=keys.amap, json=body)
+                assert response.status_code == 503, response.text
+                assert int(response.headers["Retry-After"]) >= 1
+                eventually(lambda: server.ended() is not None, 60)
+                server.revive(lambda _: None)
+                client.connection_pool.disconnect()
+                gateway.guards.look()
+            eventually(lambda body=body: http.post(PATH, key=keys.amap, json=body).status_code == 200, 60)
+        assert set(in_the_logs(client)) == {one["device_id"] for body in bodies for one in body}
 
 
 def test_a_full_server_is_said_and_nothing_is_lost(
