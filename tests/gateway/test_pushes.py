@@ -385,3 +385,23 @@ def _put_one(client: redis.Redis) -> bool:
     except redis.ConnectionError:
         return False
     return True
+
+
+def test_who_begins_to_wait_is_told_once_that_the_queues_are_watched_and_then_of_each_push(client: redis.Redis) -> None:
+    async def story(queues: PushQueues) -> None:
+        watcher = queues.watcher
+        async with watcher.watching("amap", 2) as first:
+            await first.wait()
+            first.clear()
+            async with watcher.watching("amap", 2) as second, watcher.watching("baidu", 2) as other:
+                await second.wait()
+                await other.wait()
+                second.clear()
+                other.clear()
+                await asyncio.to_thread(put, client, 1, 7, ["a"])
+                await first.wait()
+                await second.wait()
+                assert not other.is_set()
+            await asyncio.to_thread(put, client, 0, 7, ["b"], partner="baidu")
+
+    within(client, story)
