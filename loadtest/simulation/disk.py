@@ -44,10 +44,9 @@ class SimulatedDisk:
 
     def names(self, folder: Path) -> list[str]:
         """Sorted, so that a run is the same every time."""
-        return sorted(
-            {path.name for path in self.files if path.parent == folder}
-            | {path.name for path in self._folders if path.parent == folder}
-        )
+        start = f"{folder}{os.sep}"
+        below = [path[len(start) :] for path in map(str, (*self.files, *self._folders)) if path.startswith(start)]
+        return sorted({name for name in below if os.sep not in name})
 
     def make_folder(self, folder: Path) -> None:
         self._folders.update((folder, *folder.parents))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,13 @@ class _Account:
         """Entries of the log that were worked through."""
         self.expected: dict[bytes, list[tuple[EntryId, Fields]]] = {}
         """What the queues must hold, by key."""
+        self.caused: list[tuple[LogId, bytes, EntryId, Fields]] = []
+        """The same in the log's order: log entry, key, id and fields."""
+        self.seen_in_queues = 0
+        """How many of these have been found where they must be."""
 
-    def work_through(self, log: Stream, up_to: LogId | None = None) -> list[tuple[bytes, EntryId, Fields]]:
-        """The entries that are new, up to one: what they cause, by key, id and fields."""
-        caused_now: list[tuple[bytes, EntryId, Fields]] = []
+    def work_through(self, log: Stream, up_to: LogId | None = None) -> None:
+        """The entries that are new, up to one."""
         while self.entry_count < len(log.ids) and (up_to is None or log.ids[self.entry_count] <= up_to):
             log_id, (kind, payload) = log.ids[self.entry_count], log.fields[self.entry_count]
             self.entry_count += 1
@@ -75,7 +79,7 @@ class _Account:
                 numbers[key] += 1
                 found = push_id(log_id, numbers[key]), [push.kind.encode(), encode_push(push)]
                 self.expected.setdefault(key, []).append(found)
-                caused_now.append((key, *found))
+                self.caused.append((log_id, key, *found))
             content = entry.content
             if isinstance(content, Settings):
                 self.partners = content.partners
@@ -83,7 +87,6 @@ class _Account:
                 content, _ = screen_pings(content, len(self.partners))
             assert not isinstance(content, Undecodable), "nobody here writes what cannot be decoded"
             self.audit.apply(log_id[0], content)
-        return caused_now
 
 
 class Oracle(Observer):
@@ -137,7 +140,11 @@ class Oracle(Observer):
         """All that the log caused up to `done` is in the queues."""
         server = self._world.server
         account = self._accounts[shard]
-        for key, entry_id, fields in account.work_through(server.stream(log_key(shard).encode()), done):
+        account.work_through(server.stream(log_key(shard).encode()), done)
+        for log_id, key, entry_id, fields in islice(account.caused, account.seen_in_queues, None):
+            if log_id > done:
+                break
+            account.seen_in_queues += 1
             queue = server.stream(key)
             place = queue.place_of(entry_id)
             if place is None or queue.fields[place] != fields:
@@ -231,8 +238,11 @@ class Oracle(Observer):
     def tail_was_lost(self) -> None:
         """The server has another past now."""
         self.tails_lost += 1
-        self._accounts = {shard: _Account(shard) for shard in self.shards}
         server = self._world.server
+        for shard, account in self._accounts.items():
+            if account.entry_count > len(server.stream(log_key(shard).encode()).ids):
+                self._accounts[shard] = _Account(shard)
+            account.seen_in_queues = 0  # queues may have lost what logs have not
         self._acknowledged = [
             (key, entry) for key, entry in self._acknowledged if server.stream(key).place_of(entry) is not None
         ]
