@@ -6,6 +6,7 @@ import gzip
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -226,6 +227,10 @@ class TestTheFlowIsBehind:
         assert answer(http.post(PATH, key=keys.amap, json=[ping("b")]))["accepted"] == 1
 
 
+def _is_taken(http: Http, key: str, body: list[dict[str, object]]) -> bool:
+    return http.post(PATH, key=key, json=body).status_code == 200
+
+
 class TestTheServerIsKilled:
     @pytest.fixture
     def server(self, own_server: EmbeddedServer) -> EmbeddedServer:
@@ -245,7 +250,7 @@ class TestTheServerIsKilled:
                 server.revive(lambda _: None)
                 client.connection_pool.disconnect()
                 gateway.guards.look()
-            eventually(lambda body=body: http.post(PATH, key=keys.amap, json=body).status_code == 200, 60)
+            eventually(partial(_is_taken, http, keys.amap, body), 60)
         assert set(in_the_logs(client)) == {one["device_id"] for body in bodies for one in body}
 
 
