@@ -12,7 +12,6 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -67,7 +66,7 @@ VERSION = "1"
 
 def features() -> dict[str, ModuleType]:
     """The modules of FEATURES, by name."""
-    return {name: import_module(f"gateway.{name}") for name in FEATURES if find_spec(f"gateway.{name}") is not None}
+    return {name: import_module(f"gateway.{name}") for name in FEATURES}
 
 
 def create_app(config: GatewayConfig, client: redis.Redis, metrics: Metrics = METRICS, clock: Clock = CLOCK) -> FastAPI:
