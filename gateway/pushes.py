@@ -124,10 +124,10 @@ class PushQueue:
         if left_s <= 0:
             return False
         try:
-            await asyncio.wait_for(self._turn.acquire(), left_s)
+            async with asyncio.timeout(left_s):
+                return await self._turn.acquire()
         except TimeoutError:
             return False
-        return True
 
     async def _read(self, entries_max: int) -> list[Delivery]:
         async with self._reading:

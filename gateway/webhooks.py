@@ -137,7 +137,9 @@ class WebhookDeliveries:
         for name, (webhook, worker, task) in list(self._workers.items()):
             if task.done():
                 del self._workers[name]
-                task.result()
+                if (error := task.exception()) is not None:
+                    # A fault of ours. It begins anew, and stops no other partner's deliveries.
+                    logger.error("%s: webhook worker failed", name, exc_info=error)
                 if worker.gone:
                     await anyio.to_thread.run_sync(self._disable, name, webhook)
                     found.pop(name, None)
@@ -449,7 +451,13 @@ async def _test(gateway: Gateway, partner: PartnerAccount, webhook: Webhook) -> 
     now_ms = gateway.clock.now_ms()
     body = test_event(partner.name, now_ms)
     message_id = f"test:{partner.index}-{random_secrets.token_hex(8)}"
-    headers = signed_headers(secrets_of(gateway.sealer, partner.name, webhook, now_ms), message_id, body, now_ms)
+    try:
+        secrets = secrets_of(gateway.sealer, partner.name, webhook, now_ms)
+    except SealBroken:
+        raise Problem(
+            409, "secret-lost", "the webhook's secret cannot be read any more: delete the webhook, and make it anew"
+        ) from None
+    headers = signed_headers(secrets, message_id, body, now_ms)
     sender = WebhookSender(webhook.url, gateway.config.webhook_timeout_s, gateway.config.webhook_private_addresses)
     try:
         answer: Answer = await sender.post(body, headers)

@@ -24,6 +24,7 @@ from flows.server import EmbeddedServer
 from gateway.app import create_app
 from gateway.config import GatewayConfig
 from gateway.handover import GROUP, handed_over
+from gateway.keys import Sealer
 from gateway.pushes import PushQueues
 from gateway.runtime import Gateway
 from gateway.webhook_plan import DOWN_AFTER, TRIES_MAX, Pace
@@ -162,6 +163,18 @@ def test_tests_are_limited_for_they_go_where_the_partner_says(http: Http, keys: 
     statuses = [http.put("/v1/webhook", key=keys.amap, json={"url": receiver.url}).status_code for _ in range(12)]
     assert statuses.count(429) >= 1
     assert len(receiver.requests) == statuses.count(200)
+
+
+def test_secret_that_another_key_file_sealed_is_said_to_be_lost(
+    http: Http, keys: Keys, receiver: Receiver, client: redis.Redis
+) -> None:
+    stranger = Sealer([b"x" * 32])
+    sealed = sealed_secret(stranger, "amap", new_secret())
+    webhook = Webhook(url=receiver.url, state="active", secrets=(sealed,), created_at_ms=1, changed_at_ms=1)
+    assert replace_webhook(client, "amap", None, webhook)
+    assert http.post("/v1/webhook/test", key=keys.amap).json()["type"].endswith("secret-lost")
+    assert http.delete("/v1/webhook", key=keys.amap).status_code == 204
+    assert put_webhook(http, keys.amap, url=receiver.url)["state"] == "active"
 
 
 def test_deleted_webhook_leaves_the_pushes_to_polls(http: Http, keys: Keys, receiver: Receiver) -> None:
