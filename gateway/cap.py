@@ -45,7 +45,7 @@ CLAIM_S = 24 * 3600
 MESSAGE_S = 400 * 24 * 3600
 """How long a message that was done can be referred to: longer than any alert is open."""
 
-_STATUSES = {"too_large": 413, "not_xml": 400, "document_type": 400}
+_STATUSES = {"too_large": 413, "media_type": 415, "not_xml": 400, "document_type": 400, "unknown": 404, "begun": 409}
 """Of refusals by their reason; 422 for all others."""
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -179,19 +179,17 @@ async def post_cap(request: Request, caller: OfficerDep) -> CapAnswer:
     `came` and, where known, `line`.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type not in _XML_TYPES:
-        raise Problem(
-            415, "unsupported-media-type", f"the body must be {', '.join(_XML_TYPES)}, got {media_type[:60]!r}"
-        )
     body = await request.body()
-    return await anyio.to_thread.run_sync(_take, gateway_of(request), caller, body)
+    return await anyio.to_thread.run_sync(_take, gateway_of(request), caller, media_type, body)
 
 
-def _take(gateway: Gateway, caller: Caller[OfficerAccount], body: bytes) -> CapAnswer:
+def _take(gateway: Gateway, caller: Caller[OfficerAccount], media_type: str, body: bytes) -> CapAnswer:
     """Everything about one message. Raises Problem; redis.RedisError."""
     desk = gateway.service(CapDesk)
     account = desk.service.check_desk(caller, "cap.message")
     try:
+        if media_type not in _XML_TYPES:
+            raise CapRefused("media_type", "message", f"content of type {', '.join(_XML_TYPES)}", brief(media_type))
         message, signed = _read(desk, body, gateway.desk.now_ms())
         _check_sender(message, signed, account)
         order = read_order(message, gateway.desk.now_ms())
@@ -267,7 +265,7 @@ def _alert_of(gateway: Gateway, references: tuple[Reference, ...]) -> str:
                 found.add(claimed.answer["alert_id"])
     if not found:
         came = brief(" ".join(map(str, references)))
-        raise Problem(404, "no-such-message", f"references must name a message that made an alert here, got {came}")
+        raise CapRefused("unknown", "references", "a message that made an alert here", came)
     if len(found) > 1:
         raise CapRefused("meaning", "references", "messages about one alert", f"about {len(found)}")
     return found.pop()
@@ -297,8 +295,8 @@ def _claimed(
         if known.answer is not None:
             return CapAnswer.model_validate(known.answer)
         if known.actor != caller.actor:
-            detail = f"this message was sent by {known.actor} before, and whether it was done is not known yet"
-            raise Problem(409, "message-begun", f"{detail}: the same account has to send it again")
+            expected = "the account that sent this message before: whether it was done is not known yet"
+            raise CapRefused("begun", "identifier", f"{expected}, {known.actor}", caller.actor)
     idempotency_key = key.rpartition(":")[2]
     details = {"message": idempotency_key, "sender": message.sender, "signed_by": signed and signed.subject[:200]}
     with gateway.audit.recording(caller.actor, f"cap.{order.action}", message.identifier, details) as result:

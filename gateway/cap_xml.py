@@ -40,8 +40,9 @@ _BRIEF_CHARS_MAX = 80
 class CapRefused(ValueError):
     """A message that is not accepted: in which place, what was expected, what came.
 
-    `reason`: `too_large`, `not_xml`, `document_type`, `version`, `schema`, `signature`, `meaning`. `element`: a path of
-    CAP's names, say "info/area/circle". `line`: where known, counted from 1.
+    `reason`: `media_type`, `too_large`, `not_xml`, `document_type`, `version`, `schema`, `signature`, `meaning`,
+    `unknown` (what it refers to), `begun` (by another account). `element`: a path of CAP's names, say
+    "info/area/circle". `line`: where known, counted from 1.
     """
 
     def __init__(self, reason: str, element: str, expected: str, came: str, line: int | None = None) -> None:

@@ -228,7 +228,7 @@ def test_real_messages_are_refused_over_http(
 
 def test_bodies_of_another_kind_or_size_are_refused(http: Http, keys: Keys) -> None:
     wrong = http.post("/v1/cap", key=keys.county, content=b"{}", headers={"Content-Type": "application/json"})
-    assert wrong.status_code == 415
+    assert (wrong.status_code, wrong.json()["reason"]) == (415, "media_type")
     assert post(http, keys.county, b"x" * (CAP_BYTES_MAX + 1)).status_code == 413
     assert post(http, keys.county, b"").json()["reason"] == "not_xml"
 
@@ -265,12 +265,13 @@ def test_another_jurisdiction_is_refused(http: Http, keys: Keys, client: redis.R
     assert post(http, keys.county, cancel).status_code == 403
 
 
-def test_references_must_lead_to_one_alert(http: Http, keys: Keys, sent_ms: int) -> None:
+def test_references_must_lead_to_one_alert(http: Http, keys: Keys, client: redis.Redis, sent_ms: int) -> None:
     first, second = alert_xml(sent_ms), alert_xml(sent_ms, identifier="18")
     post(http, keys.county, first)
     unknown = cap_xml(identifier="19", sent_ms=sent_ms, kind="Cancel", references=reference(second), infos=[])
     answer = post(http, keys.county, unknown)
-    assert (answer.status_code, answer.json()["type"]) == (404, "urn:tuanyuan:problem:no-such-message")
+    assert (answer.status_code, answer.json()["reason"]) == (404, "unknown")
+    assert rows(client, "cap.message")[-1][1]["reason"] == "unknown"
     post(http, keys.county, second)
     both = f"{reference(first)} {reference(second)}"
     answer = post(
@@ -316,6 +317,20 @@ class TestSigned:
         said = post(http, keys.county, signed).json()
         assert (said["done"], said["signed_by"]) == ("publish", "CN=CAP 测试")
         assert rows(client, "cap.publish")[0][1]["signed_by"] == "CN=CAP 测试"
+
+    def test_a_message_of_two_accounts_is_done_once(
+        self, http: Http, keys: Keys, now_signer: Signer, client: redis.Redis, sent_ms: int
+    ) -> None:
+        body = now_signer.sign(alert_xml(sent_ms, sender=SIGNING_SENDER))
+        first = post(http, keys.county, body).json()
+        assert post(http, keys.prefecture, body).json() == first
+        key = message_key(Reference(SIGNING_SENDER, "2026-330106-17", sent_ms))
+        kept = client.get(key)
+        assert isinstance(kept, bytes)
+        client.set(key, re.sub(rb'"answer":\{.*\}\}$', b'"answer":null}', kept))
+        begun = post(http, keys.prefecture, body)
+        assert (begun.status_code, begun.json()["reason"]) == (409, "begun")
+        assert client.zcard("alerts:{desk}") == 1
 
     def test_without_a_signature_nothing_is_published(
         self, http: Http, keys: Keys, client: redis.Redis, sent_ms: int

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fuzz" / "cap.py"
+MODULE = "tests.fuzz.cap"
 
 
 def fuzz(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *options]
+    command = [sys.executable, "-m", MODULE, *options]
     return subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, timeout=100)
 
 

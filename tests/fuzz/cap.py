@@ -1,8 +1,8 @@
 """Fuzzes everything between the bytes of a CAP message and what it asks of the desk, guided by coverage (atheris).
 
-    .venv/bin/python scripts/fuzz/cap.py -runs=1000000            # begins with the messages of the tests
-    .venv/bin/python scripts/fuzz/cap.py -runs=1000000 corpus     # keeps what reached new code in the folder corpus
-    .venv/bin/python scripts/fuzz/cap.py crash-1234               # plays one input again
+    python -m tests.fuzz.cap -runs=1000000            begins with the messages of the tests
+    python -m tests.fuzz.cap -runs=1000000 corpus     keeps what reached new code in the folder corpus
+    python -m tests.fuzz.cap crash-1234               one input again
 
 Options are libFuzzer's (-help=1). An input may be refused by `CapRefused`, and in no other way. One that is read has to
 be written again, as something that satisfies the schema and asks for the same.
