@@ -54,6 +54,8 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("coldstart", "seconds"): Goal(at_most=3.0),
     ("idle", "cpu_share"): Goal(at_most=0.03),
     ("audit", "pings_per_s"): Goal(at_least=500_000, devices=100_000),
+    ("figures", "stop_ms_max"): Goal(at_most=5.0, devices=10_000_000),
+    ("figures", "cpu_share_of_density"): Goal(at_most=0.005, devices=10_000_000),
     ("peers", "min_ratio"): Goal(at_least=50),
 }
 
