@@ -23,7 +23,7 @@ from gateway.edge import JSON_DEPTH_MAX, JSON_MEMBERS_MAX, SECURITY_HEADERS, Bod
 from gateway.errors import Problem
 from gateway.log_json import JsonFormatter
 from gateway.runtime import Gateway
-from tests.gateway.conftest import Http, Keys
+from tests.gateway.conftest import Http, Keys, TurnableClock
 
 
 class Place(BaseModel):
@@ -192,7 +192,11 @@ def test_nobody_elses_word_for_its_address_counts(
     assert json.loads(JsonFormatter().format(record))["address"] == "192.0.2.9"
 
 
-def test_an_address_has_a_limit_of_its_own(http: Http, gateway: Gateway) -> None:
+def test_an_address_has_a_limit_of_its_own(
+    http: Http, gateway: Gateway, clock: TurnableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = clock.monotonic_s()
+    monkeypatch.setattr(clock, "monotonic_s", lambda: now_s)  # a request's worth comes back every 2 ms
     config = gateway.config
     burst = config.address_requests_per_s * config.burst_s
     gateway.buckets.take("address:203.0.113.7", config.address_requests_per_s, burst, cost=burst)

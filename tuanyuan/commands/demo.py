@@ -58,6 +58,8 @@ START_SECONDS = 3.0
 """Of the time given, for starting; as much again for checking."""
 STREAM_SECONDS_MIN = 8.0
 SETTLE_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 15.0
+"""For the end to reach everyone told, beyond the streaming time, before the last view."""
 PLACE = "Chengdu"
 OFFICER, DIVISION = "demo officer", "510100"
 """Of Chengdu: the administrative division code (GB/T 2260)."""
@@ -303,7 +305,9 @@ class _Demo:
         alert: Alert | None = None
         closed = False
         with Live(console=console, auto_refresh=False, transient=False) as live:
-            while (elapsed_s := time.monotonic() - started_s) < self._stream_s or not closed:
+            while (elapsed_s := time.monotonic() - started_s) < self._stream_s or not (
+                closed and (self._all_heard_the_end() or elapsed_s > self._stream_s + END_TIMEOUT_S)
+            ):
                 self._check()
                 if alert is None and elapsed_s >= PUBLISH_AT * self._stream_s:
                     alert = self._publish(desk)
@@ -317,6 +321,12 @@ class _Demo:
             console.print()  # a pipe gets the last view alone, without a line end
         assert alert is not None, "it was closed"
         return alert.alert_id
+
+    def _all_heard_the_end(self) -> bool:
+        """Whether partners have pulled as many ends as beginnings; for the last view, not for the verdict."""
+        with self._told_lock:
+            told = self._told.by_partner.copy()
+        return 0 < told.total() == 2 * sum(count for (_, kind), count in told.items() if kind == "resolved")
 
     def _publish(self, desk: httpx.Client) -> Alert:
         hour_s = HOUR_LASTS * self._stream_s
