@@ -1,6 +1,6 @@
 """A partner that has not read its queue for hours, beside one that reads all the time.
 
-Two deployments of the same kind, at work in turns of equal length, with the same phones and officers:
+Two deployments of the same kind, at work in turns of equal length, with the same phones:
 
     away     baidu has read nothing for hours, and reads nothing; amap is read by two consumers
     reads    baidu has no backlog, and a consumer; amap has one
@@ -10,15 +10,17 @@ first, with entries that come as often: what is compared is the backlog and nobo
 is less busy. Latency is from the log entry that caused a push until the consumer has it.
 
 The backlog is made of what would have happened: phones that pinged in the rings of alerts, through the logs, as many
-as give the entries of those hours at the rate at which the turns give them.
+as give the entries of those hours at the rate of the turns.
 """
 
 from __future__ import annotations
 
 import gc
 import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import cast
@@ -31,22 +33,20 @@ from flows.server import connect, link_opener
 from geoindex.columns import PingBatch
 from loadtest.soak.deployment import server_number, wait_until
 from loadtest.soak.flow import CONTEXT
-from loadtest.soak.life import DEGREES_PER_KM, PARTNERS, Delivered, growing_alert, phones, somewhere
+from loadtest.soak.life import DEGREES_PER_KM, PARTNERS, Delivered, Worker, growing_alert, phones, somewhere
 from loadtest.soak.scenarios import Size
 from loadtest.soak.stage import Stage
 
 MEASURED, ABSENT = PARTNERS
-WARM_S = 0.3
+WARM_S = 0.15
 """Of each turn, not measured: caches and processors that have to wake up."""
-BATCHES_PER_S = 10.0
-OFFICER_PAUSE_S = 0.12
+NEWCOMERS_PER_S = 100.0
+"""Of each partner: the rate at which pushes go to it, and which its backlog stands for."""
 OLD_ALERTS = 60
 """Open at once while the backlog is made: a phone that pings gives an entry for each."""
 OLD_NORTH_KM = 300.0
 """From the places of the turns, whose phones they must not reach."""
-OLD_PHONES = 4
-"""Of one batch: about one a shard, and so in an entry."""
-OLD_BATCHES = 100
+OLD_BATCHES = 400
 """Between two looks at how many entries there are."""
 RATIO_MAX = 1.1
 TURNS_JUDGED_MIN = 10
@@ -99,39 +99,76 @@ def _read(url: str, partner: str, group: str, shard_count: int, pipe: Connection
     client.close()
 
 
+class Newcomers(Worker):
+    """New phones in the ring of an alert, one of each partner at a time, so that pushes come one by one and evenly, and
+    none waits for others of its own burst. At work only while `going`.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__("newcomers")
+        self._stage = stage
+        self._going = threading.Event()
+
+    def work(self) -> None:
+        stage = self._stage
+        client = connect(stage.server.url)
+        writer = LogWriter(link_opener(client), stage.settings)
+        number, due_s = 0, 0.0
+        while not self.ending.is_set():
+            if not self._going.wait(0.05):
+                continue
+            writer.append_pings(
+                somewhere(phones(number, 2), np.random.default_rng(number), round(time.time() * 1000), 0.3)
+            )
+            number += 1
+            due_s = max(due_s + 1 / NEWCOMERS_PER_S, time.monotonic() - 0.1)
+            self.ending.wait(due_s - time.monotonic())
+        writer.close()
+        client.close()
+
+    @contextmanager
+    def going(self) -> Iterator[None]:
+        """They come; behind it what they caused is done."""
+        self._going.set()
+        yield
+        self._going.clear()
+        if self.problem is not None:
+            raise self.problem
+        self._stage.settle()
+
+
 def partner_offline(stage: Stage, size: Size) -> None:
     """One partner has read nothing for hours; what the other waits for is compared with a deployment where it reads."""
     stages = {"reads": stage.beside("reads"), "is_away": stage}
-    for one in stages.values():
+    newcomers = {name: Newcomers(one) for name, one in stages.items()}
+    for name, one in stages.items():
         one.flow()
-        one.live(per_s=BATCHES_PER_S, partners=False, officer_pause_s=OFFICER_PAUSE_S)
+        one.desk.publish(growing_alert("open", one.desk.now_ms(), 0.001))
+        one.begin(newcomers[name])
     measured = {name: ReadingProcess(one, MEASURED) for name, one in stages.items()}
     beside = {"reads": ReadingProcess(stages["reads"], ABSENT), "is_away": ReadingProcess(stage, MEASURED, "second")}
-    rates = []
-    for one in stages.values():
-        with one.going():
-            time.sleep(WARM_S)
-            before, started_s = _entries(one, ABSENT), time.monotonic()
+    for name, one in stages.items():
+        with newcomers[name].going():
             one.spend(size.seconds)
-            rates.append((_entries(one, ABSENT) - before) / (time.monotonic() - started_s))
-    stage.measured["its_entries_per_s"] = round(max(rates))
-    _make_backlog(stage, round(max(rates) * 3600 * size.hours))
+    per_s = NEWCOMERS_PER_S  # one push of each partner for each
+    _make_backlog(stage, round(per_s * 3600 * size.hours))
     waiting = _entries(stage, ABSENT)
-    stage.measured["hours_it_stands_for"] = round(waiting / max(rates) / 3600, 3)
+    stage.measured |= {"hours_it_stands_for": round(waiting / per_s / 3600, 3), "entries_waiting": waiting}
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in stages}
     for _ in stage.rounds(size.times):
         for name, one in stages.items():
-            with one.going():
+            with newcomers[name].going():
                 time.sleep(WARM_S)
                 started_s = time.time()
                 one.spend(size.seconds)
                 spans[name].append((started_s, time.time()))
-    stage.measured["entries_waiting"] = _entries(stage, ABSENT)
+    for worker in newcomers.values():
+        worker.end()
     _compare(stage, *_end(stages, measured, beside, spans))
-    stage.partner(ABSENT)
+    away = stage.partner(ABSENT)
     started_s = time.monotonic()
-    wait_until(lambda: len(stage.partners[-1].delivered) >= waiting, "the partner to have read its backlog", 120.0)
-    stage.measured["read_when_back_in_s"] = round(time.monotonic() - started_s, 1)
+    wait_until(lambda: len(away.delivered) >= waiting, "the partner to have read its backlog", 120.0, 0.05)
+    stage.measured["backlog_read_in_s"] = round(time.monotonic() - started_s, 1)
     other = stages["reads"]
     other.quiet()
     if not other.account().clean or other.broken_promises():
@@ -205,10 +242,10 @@ def _make_backlog(stage: Stage, wanted: int) -> None:
     sent = 0
     while (there := _entries(stage, ABSENT)) < began + wanted:
         stage.say(f"backlog: {there - began:,} of {wanted:,} entries")
-        missing = (began + wanted - there) // (OLD_ALERTS * stage.settings.shard_count)
-        for _ in range(max(1, min(OLD_BATCHES, missing))):
+        missing = -(-(began + wanted - there) // OLD_ALERTS)
+        for _ in range(min(OLD_BATCHES, missing)):
             sent += 1
-            writer.append_pings(_old_phones(sent, stage.desk.now_ms()))
+            writer.append_pings(_old_phone(sent, stage.desk.now_ms()))
         stage.settle()
     writer.close()
     for number in range(OLD_ALERTS):
@@ -223,9 +260,9 @@ def _make_backlog(stage: Stage, wanted: int) -> None:
     stage.measured["server_memory_grown_mb"] = round(grown / 1e6)
 
 
-def _old_phones(number: int, observed_at_ms: int) -> PingBatch:
-    """New ones every time, of the absent partner, where the old alerts are."""
-    batch = somewhere(phones(10_000_000 + number, OLD_PHONES), np.random.default_rng(number), observed_at_ms, 0.3)
+def _old_phone(number: int, observed_at_ms: int) -> PingBatch:
+    """A new one every time, of the absent partner, where the old alerts are."""
+    batch = somewhere(phones(10_000_000 + number, 1), np.random.default_rng(number), observed_at_ms, 0.3)
     north_e7 = round(OLD_NORTH_KM * DEGREES_PER_KM * 1e7)
     partner = np.full(len(batch), PARTNERS.index(ABSENT), np.uint16)
     return replace(batch, partner=partner, lat_e7=(batch.lat_e7 + north_e7).astype(np.int32))
