@@ -173,6 +173,10 @@ class Stage(Deployment):
     def _closed_and_copied(self) -> None:
         for known in self.desk.list(only_open=True):
             self.desk.close(known.alert.alert_id, "found")
+        self.wait_copied()
+
+    def wait_copied(self) -> None:
+        """Until all that stands on the desk is in every log. Raises RuntimeError after a while."""
         newest = last_id(self.client, DESK_KEY)
         if newest > FIRST and not self.desk.wait_copied(newest, PATIENCE_S):
             raise RuntimeError("the desk's events must have been copied to every log")
