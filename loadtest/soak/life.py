@@ -85,14 +85,11 @@ def growing_alert(alert_id: str, since_ms: int, step_s: float, **what: Any) -> A
     )
 
 
-class _Worker(threading.Thread):
+class Worker(threading.Thread):
     """A thread that a failure ends loudly: whoever ends it hears of it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
-        self.going = threading.Event()
-        """Cleared: it does nothing until it is set again, or until it has to end."""
-        self.going.set()
         self.ending = threading.Event()
         self.problem: BaseException | None = None
 
@@ -115,7 +112,7 @@ class _Worker(threading.Thread):
             raise RuntimeError(f"{self.name} must have ended within {timeout_s:g} s")
 
 
-class Senders(_Worker):
+class Senders(Worker):
     """Phones that ping all the time: `per_s` batches of `phone_count` each."""
 
     def __init__(
@@ -142,8 +139,6 @@ class Senders(_Worker):
         number, due_s = 0, time.monotonic()
         crowd = phones(0, self._phone_count)
         while not self.ending.is_set():
-            if not self.going.wait(0.05):
-                continue
             if number % COHORT_BATCHES == 0:
                 crowd = phones(number // COHORT_BATCHES, self._phone_count)
             number += 1
@@ -168,7 +163,7 @@ class Senders(_Worker):
             return
 
 
-class Officers(_Worker):
+class Officers(Worker):
     """Alerts published, edited and closed, several open at once; all are closed at the end."""
 
     def __init__(self, desk: Desk, seed: int, pause_s: float = 0.06, step_s: float = 0.15) -> None:
@@ -182,8 +177,7 @@ class Officers(_Worker):
 
     def work(self) -> None:
         while not self.ending.wait(self._chance.uniform(0, 2 * self._pause_s)):
-            if self.going.is_set():
-                self._one_more()
+            self._one_more()
         while not self._close_all():
             time.sleep(0.05)
 
@@ -252,7 +246,7 @@ class Delivered:
     latency_ms: float
 
 
-class Partner(_Worker):
+class Partner(Worker):
     """Reads one partner's queues, acknowledges, and keeps each entry once, by queue and id."""
 
     def __init__(
@@ -269,8 +263,6 @@ class Partner(_Worker):
         client = connect(self._url)
         consumer = Consumer(client, self.partner, self._shard_count, "soak", self._consumer, self._claim_after_s)
         while not self.ending.is_set():
-            if not self.going.wait(0.05):
-                continue
             try:
                 deliveries = consumer.read(100, 0)
                 now_s = time.time()
@@ -288,7 +280,7 @@ class Partner(_Worker):
         client.close()
 
 
-class LogKeeper(_Worker):
+class LogKeeper(Worker):
     """Keeps every entry of every log, also of those that are trimmed later."""
 
     def __init__(self, url: str, shard_count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from geoindex.entries import Settings
 from loadtest.soak.accounts import Account, StreamEntries, account, alert_events
 from loadtest.soak.deployment import PATIENCE_S, SETTINGS, Deployment, wait_until
 from loadtest.soak.flow import ForkedFlow, Trouble
-from loadtest.soak.life import PHONES, Delivered, LogKeeper, Mangle, Officers, Partner, Senders, as_it_is
+from loadtest.soak.life import PHONES, Delivered, LogKeeper, Mangle, Officers, Partner, Senders, Worker, as_it_is
 
 Say = Callable[[str], None]
 Measured = dict[str, float | int | str]
@@ -80,21 +80,19 @@ class Stage(Deployment):
         officers: bool = True,
         per_s: float = 30.0,
         phone_count: int = PHONES,
-        partners: bool = True,
         claim_after_s: float = 1.0,
-        officer_pause_s: float = 0.06,
     ) -> None:
         """Let phones ping, officers work and partners read, all through `url`."""
         url = url or self.server.url
         if senders:
             self.senders = Senders(url, self.settings, self._seed, mangle, per_s, phone_count)
-            self._begin(self.senders)
+            self.begin(self.senders)
         if officers:
             client = connect(url)
             self.exits.callback(client.close)
-            self.officers = Officers(Desk(client), self._seed, officer_pause_s)
-            self._begin(self.officers)
-        if partners and self.setting.keeps_acknowledged:
+            self.officers = Officers(Desk(client), self._seed)
+            self.begin(self.officers)
+        if self.setting.keeps_acknowledged:
             for name in self.settings.partners:
                 self.partner(name, url, claim_after_s)
 
@@ -109,10 +107,11 @@ class Stage(Deployment):
         partner = Partner(url or self.server.url, name, self.settings.shard_count, claim_after_s=claim_after_s)
         partner.delivered |= delivered or {}
         self.partners.append(partner)
-        self._begin(partner)
+        self.begin(partner)
         return partner
 
-    def _begin(self, worker: Senders | Officers | Partner) -> None:
+    def begin(self, worker: Worker) -> None:
+        """Let somebody work until the scenario ends."""
         worker.start()
         self.exits.callback(worker.ending.set)
 
@@ -121,17 +120,6 @@ class Stage(Deployment):
         folder = self.folder / name
         folder.mkdir()
         return Stage(folder, self.exits, self.setting, self._seed, self.say, self._deadline_s)
-
-    @contextmanager
-    def going(self) -> Iterator[None]:
-        """Phones and officers are at work; behind it they rest, and what they caused is done."""
-        workers = [worker for worker in (self.senders, self.officers) if worker is not None]
-        for worker in workers:
-            worker.going.set()
-        yield
-        for worker in workers:
-            worker.going.clear()
-        self.settle()
 
     def rounds(self, times: int) -> Iterator[int]:
         """0, 1, ... below `times`, ending early when the scenario's time is over, but not before the first."""
@@ -185,6 +173,10 @@ class Stage(Deployment):
     def _closed_and_copied(self) -> None:
         for known in self.desk.list(only_open=True):
             self.desk.close(known.alert.alert_id, "found")
+        self.wait_copied()
+
+    def wait_copied(self) -> None:
+        """Until all that stands on the desk is in every log. Raises RuntimeError after a while."""
         newest = last_id(self.client, DESK_KEY)
         if newest > FIRST and not self.desk.wait_copied(newest, PATIENCE_S):
             raise RuntimeError("the desk's events must have been copied to every log")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,8 +22,10 @@ from loadtest.soak import runner
 from loadtest.soak.accounts import Account, StreamEntries, account, queues_of
 from loadtest.soak.deployment import SETTINGS
 from loadtest.soak.life import PARTNERS, growing_alert, phones, somewhere
+from loadtest.soak.offline import Turns, compare_turns
 from loadtest.soak.runner import Outcome, run
 from loadtest.soak.scenarios import Size
+from loadtest.soak.stage import Measured
 from loadtest.soak.table import BY_NAME, LINES, Line
 from tuanyuan.commands import soak as command
 
@@ -173,6 +175,35 @@ def test_an_entry_under_another_id_differs(history: tuple[Logs, Queues]) -> None
     found = altered(history, rename)
     assert (found.missed, found.extra, found.duplicate, found.differing) == (0, 0, 0, 2)
     assert not found.clean
+
+
+# ---- an offline partner's figures
+
+
+def turns_of(p99_ms: list[float]) -> Turns:
+    return Turns([p99 / 2 for p99 in p99_ms], p99_ms, 60 * len(p99_ms))
+
+
+def test_turns_are_compared_by_their_medians() -> None:
+    measured: Measured = {}
+    compare_turns(measured, turns_of([4.0] * 19 + [400.0]), turns_of([4.2] * 20))
+    assert (measured["p99_ms_while_it_reads"], measured["p99_ms_while_it_is_away"]) == (4.0, 4.2)
+    assert (measured["p50_ratio"], measured["p99_ratio"]) == (1.05, 1.05)
+    assert (measured["p99_ratio_from"], measured["p99_ratio_to"]) == (1.05, 1.05)
+    assert measured["entries_measured_while_away"] == 1200
+
+
+def test_a_p99_that_is_surely_higher_is_a_failure() -> None:
+    with pytest.raises(RuntimeError, match=r"p99 must stay within 1\.1 times what it was, it is 1\.250 times"):
+        compare_turns({}, turns_of([4.0] * 20), turns_of([5.0] * 20))
+
+
+def test_a_p99_that_is_higher_by_chance_or_in_few_turns_is_none() -> None:
+    measured: Measured = {}
+    compare_turns(measured, turns_of([4.0, 6.0] * 10), turns_of([3.9, 7.4] * 10))
+    assert cast(float, measured["p99_ratio"]) > 1.1 > cast(float, measured["p99_ratio_from"])
+    compare_turns(measured, turns_of([4.0]), turns_of([8.0]))
+    assert measured["p99_ratio"] == 2.0
 
 
 # ---- the command
