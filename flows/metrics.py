@@ -139,6 +139,9 @@ class Metrics:
             }
 
 
+FLOW, GATEWAY = "flow", "gateway"
+"""Roles of processes that publish."""
+
 METRICS = Metrics()
 """Those of this process."""
 
@@ -148,6 +151,7 @@ class Stats:
 
     def __init__(self, snapshots: Iterable[dict[str, Any]] = ()) -> None:
         self.process_count = 0
+        """Flow processes: a gateway publishes, too, and must not pass for a flow that is not there."""
         self.alarms: list[Alarm] = []
         """Those that are on in any process; one that several have seen stands here once for each."""
         self._counters: dict[tuple[str, Labels], float] = {}
@@ -157,7 +161,7 @@ class Stats:
             self._add(snapshot)
 
     def _add(self, snapshot: dict[str, Any]) -> None:
-        self.process_count += 1
+        self.process_count += snapshot.get("role", FLOW) == FLOW
         for name, labels, number in snapshot["counters"]:
             key = name, tuple(labels.items())
             self._counters[key] = self._counters.get(key, 0) + number
@@ -225,13 +229,15 @@ class StatsPublisher:
         metrics: Metrics = METRICS,
         before: Callable[[], None] = lambda: None,
         interval_s: float = 1.0,
+        role: str = FLOW,
     ) -> None:
-        """`before` is called ahead of each snapshot, to set gauges."""
+        """`before` is called ahead of each snapshot, to set gauges. `role`: what this process is."""
         self._client = client
         self._metrics = metrics
         self._before = before
         self._interval_s = interval_s
         self._name = process_name()
+        self._role = role
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stats-publisher", daemon=True)
         self._was_down = False
@@ -250,7 +256,7 @@ class StatsPublisher:
         """One snapshot, now."""
         try:
             self._before()
-            snapshot = self._metrics.snapshot()
+            snapshot = self._metrics.snapshot() | {"role": self._role}
             key, packed, at_ms = f"{STATS_KEY}:{self._name}", msgpack.packb(snapshot), snapshot["at_ms"]
             try:
                 with self._client.pipeline(transaction=False) as pipeline:

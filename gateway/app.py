@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from flows.clock import CLOCK, Clock
 from flows.desk import Desk, Relay
 from flows.guards import Guards
-from flows.metrics import METRICS, Metrics, StatsPublisher
+from flows.metrics import GATEWAY, METRICS, Metrics, StatsPublisher
 from gateway import errors
 from gateway.accounts import Accounts
 from gateway.audit_log import AuditLog, HeadFile
@@ -119,7 +119,7 @@ def create_app(config: GatewayConfig, client: redis.Redis, metrics: Metrics = ME
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
-    publisher = StatsPublisher(gateway.client, gateway.metrics)
+    publisher = StatsPublisher(gateway.client, gateway.metrics, role=GATEWAY)
     await anyio.to_thread.run_sync(gateway.guards.start)
     publisher.start()
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import redis
 from fastapi import FastAPI
 
+from flows.metrics import STATS_KEY, read_stats
 from gateway.identity import PartnerDep
+from tests.flows.waiting import eventually
 from tests.gateway.conftest import Http, Keys
 
 
@@ -47,3 +50,9 @@ def test_endpoints_for_callers_say_how_to_come(app: FastAPI, http: Http) -> None
 
 def test_no_page_of_scripts_from_elsewhere_is_offered(http: Http) -> None:
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
+
+
+def test_a_gateway_does_not_pass_for_a_flow(http: Http, client: redis.Redis) -> None:
+    """Else a deployment whose flow has died would be called healthy."""
+    eventually(lambda: client.zcard(STATS_KEY) == 1)
+    assert read_stats(client).process_count == 0
