@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
 from tuanyuan import kernel_cache
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell that runs this in the background lets it ignore Ctrl-C, and the programs that tests start would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 kernel_cache.use()  # before anything of geoindex is imported
 
 settings.register_profile("suite", derandomize=True, database=None, deadline=None)
