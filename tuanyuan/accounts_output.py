@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import orjson
-import typer
 
 from gateway.accounts import Account
 from gateway.keys import Key
 from tuanyuan.connection import Registry
 from tuanyuan.console import console, note
-
-GraceOption = Annotated[str | None, typer.Option(help="How long the old key stays valid: 24h, 30min, 0. Default: 24h.")]
 
 
 def show_key(name: str, key: Key, json: bool) -> None:

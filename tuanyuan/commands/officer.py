@@ -8,10 +8,11 @@ import orjson
 import typer
 
 from gateway.accounts import Level
-from tuanyuan.accounts_output import GraceOption, describe, json_of, show_key
-from tuanyuan.commands.partner import JsonOption, rotated
+from tuanyuan import account_commands
+from tuanyuan.account_commands import JsonOption, NameArgument
+from tuanyuan.accounts_output import describe, json_of, show_key
 from tuanyuan.connection import SecretFileOption, ValkeyOption, VarOption, registry
-from tuanyuan.console import EXIT_USAGE, console, fail, note
+from tuanyuan.console import EXIT_USAGE, console, fail
 
 EPILOG = """
 Examples:
@@ -31,8 +32,6 @@ app = typer.Typer(
     help="Accounts of officers: who publishes, edits and closes alerts.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-NameArgument = Annotated[str, typer.Argument(help="As it stands in the audit log.")]
 
 
 @app.command(epilog=EPILOG)
@@ -73,37 +72,11 @@ def list_(
                 console.out(words, highlight=False)
 
 
-@app.command(epilog=EPILOG)
-def rotate(
-    name: NameArgument,
-    grace: GraceOption = None,
-    json: JsonOption = False,
-    valkey: ValkeyOption = None,
-    var: VarOption = None,
-    secret_file: SecretFileOption = None,
-) -> None:
-    """Give an officer a new key. The old one stays valid for a while; an older one than that ends now."""
-    with registry(valkey, var, secret_file) as known:
-        show_key(name, rotated(known, "officer", name, grace), json)
-
-
-@app.command(epilog=EPILOG)
-def disable(
-    name: NameArgument, valkey: ValkeyOption = None, var: VarOption = None, secret_file: SecretFileOption = None
-) -> None:
-    """No key of the officer is valid any more, from the next request on."""
-    with registry(valkey, var, secret_file) as known:
-        with known.audit.recording(known.actor, "officer.disable", name) as result:
-            result["was_enabled"] = known.accounts.disable("officer", name)
-        note(f"{name} is disabled" + ("" if result["was_enabled"] else ", as before"))
-
-
-@app.command(epilog=EPILOG)
-def enable(
-    name: NameArgument, valkey: ValkeyOption = None, var: VarOption = None, secret_file: SecretFileOption = None
-) -> None:
-    """The officer's keys are valid again."""
-    with registry(valkey, var, secret_file) as known:
-        with known.audit.recording(known.actor, "officer.enable", name) as result:
-            result["was_disabled"] = known.accounts.enable("officer", name)
-        note(f"{name} is enabled" + ("" if result["was_disabled"] else ", as before"))
+account_commands.add_to(
+    app,
+    "officer",
+    "an officer",
+    EPILOG,
+    disabled="No key of the officer is valid any more, from the next request on.",
+    enabled="The officer's keys are valid again.",
+)

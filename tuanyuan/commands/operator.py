@@ -7,10 +7,11 @@ from typing import Annotated
 import orjson
 import typer
 
-from tuanyuan.accounts_output import GraceOption, describe, json_of, show_key
-from tuanyuan.commands.partner import JsonOption, rotated
+from tuanyuan import account_commands
+from tuanyuan.account_commands import JsonOption, NameArgument
+from tuanyuan.accounts_output import describe, json_of, show_key
 from tuanyuan.connection import SecretFileOption, ValkeyOption, VarOption, registry
-from tuanyuan.console import console, note
+from tuanyuan.console import console
 
 EPILOG = """
 Examples:
@@ -26,8 +27,6 @@ app = typer.Typer(
     help="Accounts of operators: who looks after the deployment.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-NameArgument = Annotated[str, typer.Argument(help="As it stands in the audit log.")]
 
 
 @app.command(epilog=EPILOG)
@@ -63,37 +62,11 @@ def list_(
                 console.out(words, highlight=False)
 
 
-@app.command(epilog=EPILOG)
-def rotate(
-    name: NameArgument,
-    grace: GraceOption = None,
-    json: JsonOption = False,
-    valkey: ValkeyOption = None,
-    var: VarOption = None,
-    secret_file: SecretFileOption = None,
-) -> None:
-    """Give an operator a new key. The old one stays valid for a while; an older one than that ends now."""
-    with registry(valkey, var, secret_file) as known:
-        show_key(name, rotated(known, "operator", name, grace), json)
-
-
-@app.command(epilog=EPILOG)
-def disable(
-    name: NameArgument, valkey: ValkeyOption = None, var: VarOption = None, secret_file: SecretFileOption = None
-) -> None:
-    """No key of the operator is valid any more, from the next request on."""
-    with registry(valkey, var, secret_file) as known:
-        with known.audit.recording(known.actor, "operator.disable", name) as result:
-            result["was_enabled"] = known.accounts.disable("operator", name)
-        note(f"{name} is disabled" + ("" if result["was_enabled"] else ", as before"))
-
-
-@app.command(epilog=EPILOG)
-def enable(
-    name: NameArgument, valkey: ValkeyOption = None, var: VarOption = None, secret_file: SecretFileOption = None
-) -> None:
-    """The operator's keys are valid again."""
-    with registry(valkey, var, secret_file) as known:
-        with known.audit.recording(known.actor, "operator.enable", name) as result:
-            result["was_disabled"] = known.accounts.enable("operator", name)
-        note(f"{name} is enabled" + ("" if result["was_disabled"] else ", as before"))
+account_commands.add_to(
+    app,
+    "operator",
+    "an operator",
+    EPILOG,
+    disabled="No key of the operator is valid any more, from the next request on.",
+    enabled="The operator's keys are valid again.",
+)

@@ -10,8 +10,9 @@ import typer
 
 from gateway import direct_access
 from gateway.accounts import PartnerAccount
-from gateway.keys import Key
-from tuanyuan.accounts_output import GraceOption, describe, json_of, show_key
+from tuanyuan import account_commands
+from tuanyuan.account_commands import JsonOption
+from tuanyuan.accounts_output import describe, json_of, show_key
 from tuanyuan.connection import (
     Registry,
     SecretFileOption,
@@ -20,7 +21,7 @@ from tuanyuan.connection import (
     registry,
     settings_of,
 )
-from tuanyuan.console import EXIT_REFUSED, EXIT_USAGE, console, duration_ms, fail, note
+from tuanyuan.console import EXIT_REFUSED, EXIT_USAGE, console, fail, note
 
 EPILOG = """
 Examples:
@@ -48,7 +49,6 @@ DatumOption = Annotated[str | None, typer.Option(help="What its coordinates mean
 PingsOption = Annotated[float | None, typer.Option(min=0.01, help="Limit in the long run. Default: the gateway's.")]
 RequestsOption = Annotated[float | None, typer.Option(min=0.01, help="Likewise, of requests.")]
 SignedOption = Annotated[bool | None, typer.Option("--signed/--unsigned", help="Demand signed requests.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(epilog=EPILOG)
@@ -119,50 +119,22 @@ def set_(
         note(f"{name}: " + ", ".join(f"{option} is {value}" for option, value in changes.items()))
 
 
-@app.command(epilog=EPILOG)
-def rotate(
-    name: NameArgument,
-    grace: GraceOption = None,
-    json: JsonOption = False,
-    valkey: ValkeyOption = None,
-    var: VarOption = None,
-    secret_file: SecretFileOption = None,
-) -> None:
-    """Give a partner a new key. The old one stays valid for a while; an older one than that ends now."""
-    with registry(valkey, var, secret_file) as known:
-        show_key(name, rotated(known, "partner", name, grace), json)
+def _revoke_direct_access(known: Registry, name: str, result: dict[str, Any]) -> None:
+    try:
+        result["user_dropped"] = direct_access.revoke(known.client, name)
+    except redis.ResponseError as problem:
+        note(f"warning: whether {name} has a Valkey user could not be looked at: {problem}")
 
 
-@app.command(epilog=EPILOG)
-def disable(
-    name: NameArgument,
-    valkey: ValkeyOption = None,
-    var: VarOption = None,
-    secret_file: SecretFileOption = None,
-) -> None:
-    """No key of the partner is valid any more; its queues and its Valkey user are dropped, within seconds."""
-    with registry(valkey, var, secret_file) as known:
-        with known.audit.recording(known.actor, "partner.disable", name) as result:
-            result["was_enabled"] = known.accounts.disable("partner", name)
-            try:
-                result["user_dropped"] = direct_access.revoke(known.client, name)
-            except redis.ResponseError as problem:
-                note(f"warning: whether {name} has a Valkey user could not be looked at: {problem}")
-        note(f"{name} is disabled" + ("" if result["was_enabled"] else ", as before"))
-
-
-@app.command(epilog=EPILOG)
-def enable(
-    name: NameArgument,
-    valkey: ValkeyOption = None,
-    var: VarOption = None,
-    secret_file: SecretFileOption = None,
-) -> None:
-    """The partner's keys are valid again, and its queues are kept. What was dropped does not come back."""
-    with registry(valkey, var, secret_file) as known:
-        with known.audit.recording(known.actor, "partner.enable", name) as result:
-            result["was_disabled"] = known.accounts.enable("partner", name)
-        note(f"{name} is enabled" + ("" if result["was_disabled"] else ", as before"))
+account_commands.add_to(
+    app,
+    "partner",
+    "a partner",
+    EPILOG,
+    disabled="No key of the partner is valid any more; its queues and its Valkey user are dropped, within seconds.",
+    enabled="The partner's keys are valid again, and its queues are kept. What was dropped does not come back.",
+    on_disable=_revoke_direct_access,
+)
 
 
 @app.command(epilog=EPILOG)
@@ -208,19 +180,6 @@ def acl(
             note("not known to the server yet: add the line to its aclfile, or use --apply")
         elif not kept:
             note("known until the server's next start: it has no aclfile. Add the line to its configuration")
-
-
-def rotated(known: Registry, kind: Any, name: str, grace: str | None) -> Key:
-    """A new key for an account, with its rows in the audit log."""
-    grace_ms = round(known.config.key_grace_h * 3_600_000) if grace is None else _grace_ms(grace)
-    with known.audit.recording(known.actor, f"{kind}.rotate", name, {"grace_ms": grace_ms}) as result:
-        key = known.accounts.rotate(kind, name, grace_ms)
-        result["key_id"] = key.key_id
-    return key
-
-
-def _grace_ms(text: str) -> int:
-    return 0 if text.strip() == "0" else duration_ms(text)
 
 
 def _datum(datum: str | None) -> str | None:
