@@ -44,8 +44,9 @@ soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at ful
 simulate: $(VENV)/.run ## Play SEEDS=1000 small worlds full of faults against the oracles
 	@$(BIN)/tuanyuan simulate --seeds $(SEEDS)
 
-fuzz: $(VENV)/.dev ## Feed every decoder of outside bytes with FUZZ_RUNS=10000000 inputs: about 20 minutes; Linux
+fuzz: $(VENV)/.dev ## Feed every decoder of outside bytes with FUZZ_RUNS=10000000 inputs, then that of CAP: over an hour; Linux
 	@$(BIN)/python -m tests.fuzz.decoders --runs $(FUZZ_RUNS)
+	@$(BIN)/python -m tests.fuzz.cap -runs=$(FUZZ_RUNS)
 
 check: $(VENV)/.dev ## Check format, lint, types, Dockerfile, compose.yaml, shell scripts, known weaknesses; list what is shipped
 	$(BIN)/ruff format --check
