@@ -69,6 +69,7 @@ class LiveSystem:
         self.client = connect(server.url)
         self.settings = ensure_settings(self.client, settings)
         self.desk = Desk(self.client)
+        self._relay = Relay(self.client)
         self.ping_count = 0
         """Appended so far."""
         self._folder = folder
@@ -179,7 +180,7 @@ class LiveSystem:
         """Publish alerts through the desk; returns when they are in all logs."""
         for alert in alerts:
             self.desk.publish(alert)
-        Relay(self.client).copy_pending()
+        self._relay.copy_pending()
 
     def now_ms(self) -> int:
         """The server's clock."""
