@@ -157,14 +157,26 @@ class Guards:
 
     def appends_refused(self) -> str | None:
         """Why nothing may be appended to a log now, or None."""
-        if self._faults and not self._unsafe:
-            return self._faults[0]
+        if (reason := self._settings_refusal()) is not None:
+            return reason
         return self._clock_guard.refusal(self._clock.monotonic_s())
 
     def check_append(self) -> None:
         """Raises AppendsRefused."""
         if (reason := self.appends_refused()) is not None:
             raise AppendsRefused(f"nothing is appended now: {reason}")
+
+    def check_durable(self) -> None:
+        """Raises AppendsRefused if the server may lose what it acknowledges.
+
+        For the desk: what an officer is told is done must be on disk, while a clock that is off holds up only the
+        copies to the logs.
+        """
+        if (reason := self._settings_refusal()) is not None:
+            raise AppendsRefused(f"nothing is acknowledged now: {reason}")
+
+    def _settings_refusal(self) -> str | None:
+        return self._faults[0] if self._faults and not self._unsafe else None
 
     def check_pings(self) -> None:
         """Raises AppendsRefused; PingsRefused if only pings have to wait."""

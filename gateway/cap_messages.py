@@ -31,6 +31,8 @@ _SECONDS = int(datetime(9999, 12, 30, tzinfo=UTC).timestamp()) - _FIRST_S
 _CAP = f"{{{CAP_NAMESPACE}}}"
 _UNFIT = re.compile(r"[\s,<&]")
 _CIRCLE = re.compile(r"([+-]?\d{1,3}(?:\.\d{1,15})?),([+-]?\d{1,3}(?:\.\d{1,15})?) +(\d{1,5}(?:\.\d{1,15})?)", re.ASCII)
+_SENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", re.ASCII)
+"""As the schema writes every time of a message; what stands in `references` it does not look at."""
 _ADDRESS = re.compile(r'"([^"]*)"|([^\s"]+)')
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -187,7 +189,7 @@ def _references(alert: etree._Element) -> tuple[Reference, ...]:
 def parse_reference(text: str) -> Reference:
     """A message named as sender,identifier,sent. Raises CapRefused."""
     parts = text.split(",")
-    if len(parts) == 3 and parts[0] and parts[1]:
+    if len(parts) == 3 and parts[0] and parts[1] and _SENT.fullmatch(parts[2]):
         try:
             return Reference(parts[0], parts[1], event_time_ms(parts[2], "sent"))
         except ValueError:

@@ -302,6 +302,7 @@ class DeskService:
     def _made(self, event: _Event, make: Callable[[], DeskAnswer]) -> Receipt:
         """Make the event and copy it to the logs; or find that it was made before, or that there is nothing to do."""
         alert_id = event.alert_id
+        self._gateway.guards.check_durable()
         try:
             answer = make()
         except AlreadyDone as done:

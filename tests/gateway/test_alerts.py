@@ -170,6 +170,28 @@ def test_nothing_happens_that_cannot_be_written_to_the_audit_log(
     assert len(desk_events(client)) == 1
 
 
+def test_nothing_is_acknowledged_by_a_server_that_may_lose_it(
+    http: Http, keys: Keys, client: redis.Redis, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.guards.SETTINGS_INTERVAL_S", 0.0)
+    alert_id = published(http, keys.county)
+    client.config_set("appendfsync", "everysec")
+    try:
+        gateway.guards.look()
+        refused = [
+            http.post("/v1/alerts", key=keys.county, json=wanted(place="elsewhere")),
+            http.patch(f"/v1/alerts/{alert_id}", key=keys.county, json={"location": {"lat": 30.0, "lng": 120.0}}),
+            http.post(f"/v1/alerts/{alert_id}/close", key=keys.county, json={"outcome": "cancelled"}),
+        ]
+    finally:
+        client.config_set("appendfsync", "always")
+    assert [answer.status_code for answer in refused] == [503] * 3
+    assert all("appendfsync" in answer.json()["detail"] and "retry-after" in answer.headers for answer in refused)
+    assert len(desk_events(client)) == 1
+    gateway.guards.look()
+    assert http.post(f"/v1/alerts/{alert_id}/close", key=keys.county, json={"outcome": "cancelled"}).is_success
+
+
 def test_every_action_has_a_row_before_and_a_row_after_it(http: Http, keys: Keys, client: redis.Redis) -> None:
     alert_id = published(http, keys.county)
     http.patch(f"/v1/alerts/{alert_id}", key=keys.county, json={"place": "杭州东站", "revision": 9})

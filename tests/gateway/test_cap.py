@@ -315,6 +315,7 @@ def test_a_cancel_closes_as_cancelled_unless_it_says_how_the_search_ended() -> N
         (cap_xml(kind="Error"), "msgType", "Alert, Update or Cancel", "Error"),
         (cap_xml(kind="Update"), "references", "sender,identifier,sent", "none"),
         (cap_xml(kind="Cancel", infos=[]), "references", "sender,identifier,sent", "none"),
+        (cap_xml(kind="Cancel", infos=[], references="x,90,180"), "references", "sender,identifier,sent", "'x,90,180'"),
         (cap_xml(references=f"a,b,{cap_time(0)}"), "references", "none in an Alert", "1"),
         (cap_xml(kind="Update", references="a,b"), "references", "sender,identifier,sent", "'a,b'"),
         (cap_xml(kind="Update", references="a,b,soon"), "references", "sender,identifier,sent", "'a,b,soon'"),
