@@ -156,10 +156,18 @@ def _line(element: etree._Element | None) -> int | None:
     return None if element is None else element.sourceline
 
 
+def _moment_ms(text: str | None, name: str) -> int:
+    """Raises ValueError, also for a time within hours of the calendar's ends, which cannot be written in Beijing's."""
+    time_ms = event_time_ms(text, name)
+    if event_time_ms(cap_time(time_ms), name) != time_ms:
+        raise ValueError(f"{name} must have a date in Beijing, got {text}")
+    return time_ms
+
+
 def _time_ms(parent: etree._Element, name: str, path: str) -> int:
     text = _text(parent, name)
     try:
-        return event_time_ms(text, name)
+        return _moment_ms(text, name)
     except ValueError:
         raise CapRefused("meaning", path, CAP_TIME, brief(text), _line(parent.find(f"{_CAP}{name}"))) from None
 
@@ -191,7 +199,7 @@ def parse_reference(text: str) -> Reference:
     parts = text.split(",")
     if len(parts) == 3 and parts[0] and parts[1] and _SENT.fullmatch(parts[2]):
         try:
-            return Reference(parts[0], parts[1], event_time_ms(parts[2], "sent"))
+            return Reference(parts[0], parts[1], _moment_ms(parts[2], "sent"))
         except ValueError:
             pass  # refused below, like any other word that is no reference
     raise CapRefused("meaning", "references", "sender,identifier,sent between spaces", brief(text))

@@ -577,3 +577,13 @@ def test_bytes_that_were_damaged_are_read_or_refused_and_nothing_else(noise: byt
     body = cap_xml()
     with contextlib.suppress(CapRefused):
         order_of(body[:at] + noise + body[at + cut :])
+
+
+@pytest.mark.parametrize("sent", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_a_time_at_the_ends_of_the_calendar_is_refused(sent: str) -> None:
+    written = cap_time(NOW_MS).encode()
+    body = cap_xml(sent_ms=NOW_MS)
+    assert body.count(written) >= 1
+    with pytest.raises(CapRefused) as refusal:
+        read_message(parse_cap(body.replace(written, sent.encode(), 1)))
+    assert refusal.value.element == "sent"
