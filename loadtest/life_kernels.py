@@ -211,7 +211,10 @@ def clock_offset_ms(habits: Habits, own: np.uint64) -> Int:
     """How far ahead of the truth a phone's clock is: 0 for most, and the same for life."""
     draw = mix(own + STREAM_CLOCK)
     share = draw >> np.uint64(32)
-    for fault in range(len(habits.clock_until_q32)):
+    faults = len(habits.clock_until_q32)
+    if faults == 0 or share >= habits.clock_until_q32[faults - 1]:
+        return np.int64(0)
+    for fault in range(faults):
         if share < habits.clock_until_q32[fault]:
             return np.int64(habits.clock_ms_min[fault] + np.int64(below(mix(draw), habits.clock_ms_span[fault])))
     return np.int64(0)

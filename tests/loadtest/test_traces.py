@@ -224,7 +224,7 @@ def test_real_traces_are_replayed_whole_and_read_as_the_offline_run_reads_them(t
     csv_rows = [f"{uid},{lat},{lng},{datetime.fromisoformat(when).isoformat()}" for lat, lng, when, uid in fixes]
     path = write(tmp_path, "\n".join(["device_id,lat,lng,observed_at", *csv_rows]), "geolife.csv.gz")
     trace = Trace.read(path)
-    recorded = list(PingReader(path, 1 << 20).chunks())[0]
+    recorded = next(PingReader(path, 1 << 20).chunks())
     assert len(trace) == len(recorded) > 10_000
     assert np.array_equal(trace.lat_e7, np.rint(recorded.lat * 1e7))
     assert np.array_equal(trace.observed_at_ms, recorded.observed_at_ms)
