@@ -132,7 +132,7 @@ def test_scrape_example_asks_for_metrics_with_a_key_from_a_file() -> None:
 
 
 def test_every_metric_of_the_source_has_a_kind_and_help() -> None:
-    counted = re.compile(r"\.(count|count_each|gauge|observe)\(\s*\"([a-z_]+)\"")
+    counted = re.compile(r"metrics\.(count|count_each|gauge|observe)\(\s*\"([a-z_]+)\"")
     found: dict[str, str] = {"alarm": "gauge"}
     for path in [*(ROOT / "flows").glob("*.py"), *(ROOT / "gateway").glob("*.py")]:
         for method, name in counted.findall(path.read_text()):

@@ -73,7 +73,7 @@ def test_no_rate_is_ever_negative(before: list[tuple[str, int, int]], now: list[
 
 def told(process: str, at_ms: int, number: float) -> dict[str, Any]:
     counters = [["pushes_total", {"partner": "amap", "kind": kind}, number] for kind in ("alert", "update")]
-    return snapshot(process, at_ms, {}, counters=counters)
+    return snapshot(process, at_ms, {}) | {"counters": counters}
 
 
 @pytest.mark.parametrize(("count", "shown"), [(0, 0), (1, 0), (19, 0), (20, 4), (500, 100)])

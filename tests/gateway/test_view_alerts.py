@@ -12,7 +12,9 @@ from flows.desk import Desk
 from flows.log import push_key
 from flows.tallies import tally_key
 from gateway.handover import ACKNOWLEDGED, DELIVERED, GROUP, handed_field, handed_key
+from gateway.runtime import Gateway
 from gateway.view_alerts import OpenAlerts, read_told, shown_sum
+from gateway.view_hub import ViewHub
 from geoindex.entries import Settings
 from tests.gateway.conftest import Http, Keys
 from tests.gateway.desk import now_ms, published
@@ -21,6 +23,13 @@ from tests.gateway.desk import now_ms, published
 def tell(client: redis.Redis, shard: int, alert_id: str, told: dict[str, int], resolved: dict[str, int]) -> None:
     fields = {"told": told, "resolved": resolved, "at_ms": 1, "log_id": [1, 1]}
     client.hset(tally_key(shard), alert_id, cast(Any, msgpack.packb(fields)))
+
+
+@pytest.fixture
+def http(http: Http, gateway: Gateway) -> Http:
+    """Its own sampler would write beside the test's."""
+    gateway.service(ViewHub).stop()
+    return http
 
 
 @pytest.fixture
