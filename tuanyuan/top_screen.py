@@ -93,6 +93,7 @@ def _totals(figures: Mapping[str, float], width: int) -> list[Text]:
             ("checkpoint", duration(figures.get("checkpoint_age_ms"))),
             ("server", f"{size(figures.get('server_memory_bytes'))} of {size(figures.get('server_memory_max_bytes'))}"),
             ("flow", size(figures.get("flow_memory_bytes"))),
+            ("gateway", size(figures.get("gateway_memory_bytes"))),
             ("disk free", size(figures.get("disk_free_bytes"))),
         ),
     ]

@@ -231,7 +231,8 @@ def _cpu_share(process: psutil.Process, seconds: float) -> float:
     before, started_s = process.cpu_times(), time.monotonic()
     time.sleep(seconds)
     after = process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / (time.monotonic() - started_s)
+    used_s = float(after.user + after.system - before.user - before.system)
+    return used_s / (time.monotonic() - started_s)
 
 
 def _sampling_ms(client: redis.Redis) -> float:

@@ -67,6 +67,7 @@ def selectors(expression: str) -> list[tuple[str, dict[str, str]]]:
         if isinstance(node, promql.MatrixSelector):
             walk(node.vector_selector)
         elif isinstance(node, promql.VectorSelector):
+            assert node.name is not None, "a selector names its metric here"
             found.append((node.name, {matcher.name: matcher.value for matcher in node.matchers.matchers}))
         elif isinstance(node, promql.BinaryExpr):
             walk(node.lhs)
@@ -99,7 +100,7 @@ class Evaluator:
         if isinstance(node, promql.ParenExpr):
             return self._value(node.expr, at_s)
         if isinstance(node, promql.NumberLiteral):
-            return cast(float, node.val)
+            return node.val
         if isinstance(node, promql.VectorSelector):
             return {
                 series.labels: values[-1]
@@ -122,7 +123,7 @@ class Evaluator:
         ]
 
     def _aggregate(self, node: Any, at_s: float) -> Vector:
-        combine: Callable[[list[float]], float] = {"sum": sum, "max": max, "min": min}[str(node.op)]
+        combine: Callable[[list[float]], float] = cast(Any, {"sum": sum, "max": max, "min": min})[str(node.op)]
         kept = set(node.modifier.labels) if node.modifier is not None else set()
         groups: dict[Labels, list[float]] = {}
         for labels, value in cast(Vector, self._value(node.expr, at_s)).items():
@@ -155,12 +156,15 @@ def _binary(operator: str, left: Vector | float, right: Vector | float) -> Vecto
     if operator == "or":
         assert isinstance(left, dict) and isinstance(right, dict)
         return right | left
-    compare = {
+    compare: Callable[[float, float], bool] | None = {
         ">": lambda a, b: a > b,
         "<": lambda a, b: a < b,
         "==": lambda a, b: a == b,
     }.get(operator)
-    compute = {"/": lambda a, b: a / b if b else math.nan, "+": lambda a, b: a + b}.get(operator)
+    compute: Callable[[float, float], float] | None = {
+        "/": lambda a, b: a / b if b else math.nan,
+        "+": lambda a, b: a + b,
+    }.get(operator)
     assert isinstance(left, dict), "a vector stands first here"
     found: Vector = {}
     for labels, value in left.items():

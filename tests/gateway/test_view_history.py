@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import redis
@@ -77,7 +79,8 @@ def test_a_day_is_kept_and_no_more(client: redis.Redis) -> None:
     write_step(client, NOW_MS - KEPT_MS - STEP_MS, {"lag_ms": 1.0})
     write(client, 1, lag_ms=2.0)
     write(client, 0, lag_ms=3.0)
-    kept = [int(entry_id.partition(b"-")[0]) for entry_id, _ in client.xrange(HISTORY_KEY)]  # type: ignore[union-attr]
+    entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", client.xrange(HISTORY_KEY))
+    kept = [int(entry_id.partition(b"-")[0]) for entry_id, _ in entries]
     assert kept == [NOW_MS - STEP_MS, NOW_MS]
 
 
