@@ -54,6 +54,7 @@ class Benchmark(StrEnum):
     GATEWAY = "gateway"
     FIGURES = "figures"
     WORLD = "world"
+    VIEW = "view"
     PEERS = "peers"
     ALL = "all"
 
@@ -90,7 +91,7 @@ def bench(
         float | None,
         typer.Option(
             min=0.1,
-            help="How long: kernel, sustained, latency, idle, gateway; recovery: how much log.",
+            help="How long: kernel, sustained, latency, idle, gateway, view; recovery: how much log.",
             show_default=False,
         ),
     ] = None,
@@ -235,6 +236,12 @@ def _world(wanted: Wanted) -> Report:
     return world.measure(wanted.size(100 * MILLION, 20_000), wanted.times(5, 2), pings, note)
 
 
+def _view(wanted: Wanted) -> Report:
+    from loadtest.bench import view
+
+    return view.measure(wanted.size(10 * MILLION, 20_000), wanted.seconds or wanted.chosen(60.0, 2.0), note)
+
+
 def _peers(wanted: Wanted) -> Report:
     from loadtest.bench import peers
 
@@ -258,6 +265,7 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.GATEWAY: _gateway,
     Benchmark.FIGURES: _figures,
     Benchmark.WORLD: _world,
+    Benchmark.VIEW: _view,
     Benchmark.PEERS: _peers,
 }
 
