@@ -88,6 +88,8 @@ WEEKEND_SHARE_Q16 = 13_100
 """94 % and 20 % of the workers work on a weekday, on Saturday or Sunday."""
 COMMUTE_M_MAX = 70_000.0
 """Who would live farther from work works at home."""
+COMMUTES_S_MAX = 2.0 * COMMUTE_M_MAX / (20.0 * 0.85)
+"""To work and back at the greatest distance and the slowest pace."""
 LUNCH_SHARE_Q16 = 26_200
 LUNCH_S = 1_500.0
 ERRAND_SHARE_Q16 = (36_000, 32_700, 26_200)
@@ -310,6 +312,11 @@ def ordinary_day(
         leave_s, stay_s = work_hours(own, trait, day)
         if now_s <= leave_s:
             return lat, lng, AT_HOME
+        # Certainly back, and not going out again: most evenings need no look at the table of workplaces.
+        if now_s >= max(leave_s + stay_s + COMMUTES_S_MAX, 14.5 * HOUR_S):
+            tonight = mix(own + STREAM_OUTING + np.uint64(4 * day + 2) * GOLDEN)
+            if (tonight & _LOW_16) >= np.uint64(ERRAND_SHARE_Q16[2]):
+                return lat, lng, AT_HOME
         work_lat, work_lng = workplace(land, own, place)
         way_m = metres(lat, lng, work_lat, work_lng, sec)
         ride_s = way_s(way_m, quick)
