@@ -82,7 +82,7 @@ class Places:
 
     def people_within(self, lat: float, lng: float, radius_km: float) -> float:
         """People in places whose centre lies within `radius_km` of a point (degrees): how big an audience to expect."""
-        return float(self.people[_distance_km(lat, lng, self.lat, self.lng) <= radius_km].sum())
+        return float(self.people[distance_km(lat, lng, self.lat, self.lng) <= radius_km].sum())
 
     def densest_place(self, radius_km: float = 100.0) -> Place:
         """The place with most people within `radius_km`, among the 256 most populous: where an alert reaches most."""
@@ -150,7 +150,7 @@ def _people(places: tuple[Place, ...]) -> F64:
     )
 
 
-def _distance_km(lat: float, lng: float, lats: F64, lngs: F64) -> F64:
+def distance_km(lat: float, lng: float, lats: F64, lngs: F64) -> F64:
     """Great-circle distance from a point to many, haversine formula; degrees in, f64[n] out."""
     half_lat = np.radians(lats - lat) / 2
     half_lng = np.radians(lngs - lng) / 2

@@ -101,8 +101,8 @@ class World:
         self._partner_id_bytes = np.array([kernels.STYLE_BYTES[style] for style in styles], np.uint32)
         self._cumulative_q32 = _cumulative_q32([partner.share for partner in partners])
         self._threshold, self._alias = alias_table(self.places.people)
-        self._place_rows = _place_rows(self.places)
-        self._direction = _directions()
+        self._place_rows = place_rows(self.places)
+        self._direction = directions()
 
     @property
     def partner_names(self) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ def alias_table(weights: F64) -> tuple[U64, U32]:
     return threshold, alias
 
 
-def _place_rows(places: Places) -> F64:
+def place_rows(places: Places) -> F64:
     """What `locate` needs of each place, f64[n, 5], columns `PLACE_*`; rounded, so that libm's last bit is lost."""
     radian = np.radians(places.lat)
     spread_km = SPREAD_KM_MIN + np.sqrt(places.people / (2.0 * math.pi * PEAK_PEOPLE_PER_KM2))
@@ -274,7 +274,7 @@ def _place_rows(places: Places) -> F64:
     return np.round(rows, 12)
 
 
-def _directions() -> F64:
+def directions() -> F64:
     """Cosine and sine of 1,024 directions, f64[1024, 2], rounded as above."""
     angle = np.arange(kernels.DIRECTION_COUNT) * (2.0 * math.pi / kernels.DIRECTION_COUNT)
     return np.round(np.stack((np.cos(angle), np.sin(angle)), axis=1), 12)
