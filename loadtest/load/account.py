@@ -84,8 +84,8 @@ def account_of(found: dict[str, Any]) -> Account:
     """From the audit's JSON."""
     shards = found["shards"]
     examples = [
-        f"{fault['fault']}: {fault['kind']} of {fault['alert_id']!r} to {fault['device_id']!r} of {fault['partner']!r}, "
-        f"shard {fault['shard']}, entry {fault['entry']}"
+        f"{fault['fault']}: {fault['kind']} of {fault['alert_id']!r} to {fault['device_id']!r} of "
+        f"{fault['partner']!r}, shard {fault['shard']}, entry {fault['entry']}"
         for fault in found["faults"][:EXAMPLES_MAX]
     ]
     return Account(

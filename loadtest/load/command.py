@@ -13,15 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tuanyuan import kernel_cache
+
+kernel_cache.use()  # before anything with kernels is imported
+
+from gateway.accounts import Datum
 from loadtest.load.compare import compared, read_report, table
 from loadtest.load.conductor import BEGUN_FILE, FAULTS_FILE, REPORT_FILE, describe
 from loadtest.load.deployment import Deployment
 from loadtest.load.faults import Killer
-from loadtest.load.local_system import LocalSystem, make_accounts
+from loadtest.load.local_system import DATUMS, LocalSystem, make_accounts
 from loadtest.load.options import add_run_options, spec_of
 from loadtest.load.report import html_of
 from loadtest.load.scenarios import SCENARIOS
-from loadtest.world import DEFAULT_PARTNERS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -119,8 +123,9 @@ def _run(options: argparse.Namespace) -> int:
         return _locust(options, path)
     with contextlib.ExitStack() as exits:
         folder = _folder(exits, options.keep)
-        named = Deployment("http://127.0.0.1", {partner.name: "" for partner in DEFAULT_PARTNERS}, is_local=True)
+        named = Deployment("http://127.0.0.1", dict.fromkeys(DATUMS, ""), is_local=True)
         _say(describe(spec, named))
+        kernel_cache.warm(kernel_cache.use(), _say)
         _say(f"starting Valkey, flow and gateway under {folder} ...")
         started_s = time.monotonic()
         system = exits.enter_context(LocalSystem(folder, keeps_all=spec.seconds <= KEEPS_ALL_S_MAX, say=_say))
@@ -196,7 +201,7 @@ def run_arguments(options: argparse.Namespace) -> list[str]:
 def _accounts(options: argparse.Namespace) -> int:
     import orjson
 
-    names = options.partner or [partner.name for partner in DEFAULT_PARTNERS]
+    names: dict[str, Datum] = {name: DATUMS.get(name, "wgs84") for name in options.partner or DATUMS}
     keys = make_accounts(options.valkey, Path(options.var), names)
     deployment = Deployment(options.gateway, valkey=options.valkey, var=str(Path(options.var).resolve()), **keys)
     print(orjson.dumps(deployment.to_json(), option=orjson.OPT_INDENT_2).decode())

@@ -235,7 +235,7 @@ class Conductor:
         unread = sum(
             count for name, count in sample["unread"].items() if name not in slow and name in self._deployment.partners
         )
-        return sample["lag_ms"] == 0.0 and unread == 0
+        return bool(sample["lag_ms"] == 0.0 and unread == 0)
 
     def _collect(self) -> None:
         self._tell_all(FINISH, {})

@@ -3,6 +3,7 @@
 {"gateway": "https://tuanyuan.example.org",          required
  "partners": {"amap": "ty_…", "ditu": "ty_…"},       names as in the scenario's streams; at least one
  "officer": "ty_…", "operator": "ty_…",              without: no alerts; no operator's page
+ "datums": {"amap": "gcj02"},                        as the accounts say; wgs84 where nothing is said
  "valkey": "redis://10.0.0.5:6379", "var": "/srv/tuanyuan",   without valkey: no lag, no audit; nothing to the logs
  "pids": {"flow": 4711, "gateway": 4712, "valkey": 4713}}     of this machine: for CPU and memory by role
 """
@@ -28,6 +29,8 @@ class Deployment:
     valkey: str | None = field(default=None, repr=False)
     var: str | None = None
     pids: dict[str, int] = field(default_factory=dict)
+    datums: dict[str, str] = field(default_factory=dict)
+    """What coordinates of a partner mean where they are not WGS-84: gcj02, bd09. As the accounts say."""
     is_local: bool = False
     """Started by `python -m loadtest`, and ended by it."""
 

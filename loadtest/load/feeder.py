@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuanyuan import kernel_cache
@@ -34,8 +34,9 @@ import zstandard  # noqa: E402
 from flows.log import LogWriter, read_settings  # noqa: E402
 from flows.server import connect, link_opener  # noqa: E402
 from flows.wire import encode_pings, keep_pings  # noqa: E402
-from geoindex.columns import E7, PingBatch  # noqa: E402
+from geoindex.columns import E7, F64, PingBatch  # noqa: E402
 from geoindex.entries import Settings  # noqa: E402
+from loadtest import datums  # noqa: E402
 from loadtest.load.deployment import Deployment  # noqa: E402
 from loadtest.load.frames import MEDIA_TYPES, Request, receive, send  # noqa: E402
 from loadtest.load.probes import Probes  # noqa: E402
@@ -51,6 +52,7 @@ PINGS_MAX: dict[Format, int] = {"json": 20_000, "ndjson": 20_000, "columns": 100
 """Of one request, below the gateway's limits."""
 ZSTD_LEVEL, GZIP_LEVEL = 1, 1
 HTTP_TIMEOUT_S = 60.0
+FILL_TRIES = 120
 
 
 @dataclass(slots=True)
@@ -142,7 +144,7 @@ class Feeder:
             for outlet in self._outlets:
                 own = of_partner(batch, outlet.partner)
                 if len(own) and outlet.stream.partner in self._deployment.partners:
-                    self._post(http, outlet.stream.partner, encode_pings(own))
+                    self._post(http, outlet.stream.partner, encode_pings(self._in_datum(own, outlet.stream.partner)))
 
         return post
 
@@ -151,13 +153,21 @@ class Feeder:
             "Authorization": f"Bearer {self._deployment.partners[partner]}",
             "Content-Type": MEDIA_TYPES["columns"],
         }
-        for _ in range(120):
+        for _ in range(FILL_TRIES):
             answer = http.post("/v1/pings", content=body, headers=headers)
             if answer.status_code not in (429, 503):
                 answer.raise_for_status()
                 return
             time.sleep(min(10.0, float(answer.headers.get("Retry-After", 1))))
-        raise RuntimeError(f"the gateway does not take {partner}'s phones: {answer.text[:300]}")
+        raise RuntimeError(f"the gateway does not take {partner}'s phones: {FILL_TRIES} times 429 or 503")
+
+    def _in_datum(self, batch: PingBatch, partner: str) -> PingBatch:
+        """As the partner's app has the coordinates."""
+        convert = CONVERSIONS[self._deployment.datums.get(partner, "wgs84")]
+        if convert is None or not len(batch):
+            return batch
+        lat, lng = convert(batch.lat_e7 / E7, batch.lng_e7 / E7)
+        return replace(batch, lat_e7=np.rint(lat * E7).astype(np.int32), lng_e7=np.rint(lng * E7).astype(np.int32))
 
     def _by_settings(self, batch: PingBatch) -> PingBatch:
         """With partners as the logs number them; those that the logs do not know are left out."""
@@ -219,11 +229,10 @@ class Feeder:
             return
         for part in parts(joined(gathered), PINGS_MAX[outlet.format]):
             if outlet.format == "log":
-                part = self._by_settings(part)
-            body = BODIES[outlet.format](part)
-            if outlet.format != "log":
-                body = compressed(body, outlet.stream.encoding)
-            encoding = outlet.stream.encoding if outlet.format != "log" else None
+                body, encoding = encode_pings(self._by_settings(part)), None
+            else:
+                encoding = outlet.stream.encoding
+                body = compressed(BODIES[outlet.format](self._in_datum(part, outlet.stream.partner)), encoding)
             yield Request(due_s, outlet.stream.partner, outlet.format, encoding, len(part), body)
 
 
@@ -246,7 +255,11 @@ BODIES: dict[Format, Callable[[PingBatch], bytes]] = {
     "json": lambda pings: orjson.dumps(list(rows(pings))),
     "ndjson": lambda pings: b"\n".join(map(orjson.dumps, rows(pings))),
     "columns": encode_pings,
-    "log": encode_pings,
+}
+CONVERSIONS: dict[str, Callable[[F64, F64], tuple[F64, F64]] | None] = {
+    "wgs84": None,
+    "gcj02": datums.gcj02,
+    "bd09": datums.bd09,
 }
 _ZSTD = zstandard.ZstdCompressor(ZSTD_LEVEL)
 

@@ -1,4 +1,4 @@
-"""A system on this machine, from nothing: Valkey, flow and gateway as processes, accounts, a folder that goes with them.
+"""A system on this machine, from nothing: Valkey, flow and gateway as processes, accounts, a folder of its own.
 
     with LocalSystem(folder) as system:          # ended by pid, whatever happens inside
         system.deployment                        # what a run goes against
@@ -15,23 +15,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
 from flows.log import read_settings
 from flows.metrics import read_stats
 from flows.server import EmbeddedServer, connect
-from gateway.accounts import Accounts
+from gateway.accounts import Accounts, Datum
 from gateway.config import GatewayConfig
 from gateway.keys import Sealer
+from loadtest.life import DEFAULT_LIFE_PARTNERS
 from loadtest.load.deployment import Deployment
-from loadtest.world import DEFAULT_PARTNERS
 
 SHARD_COUNT = 8
+DATUMS = {partner.name: cast(Datum, partner.datum) for partner in DEFAULT_LIFE_PARTNERS}
+"""What the coordinates of each partner mean."""
 START_TIMEOUT_S = 90.0
 END_TIMEOUT_S = 60.0
 SAID_CHARS = 2000
@@ -39,8 +41,6 @@ MINISTRY = "000000"
 """Division of whoever may publish everywhere (GB/T 2260)."""
 MEMORY_SHARE = 0.4
 """Of the machine's memory that the server may use."""
-UNLIMITED = {"pings_per_s": 1e9, "requests_per_s": 1e6}
-"""The load decides the rate here, not an account's limit."""
 ENVIRONMENT = {
     "TUANYUAN_GATEWAY_ADDRESS_REQUESTS_PER_S": "1000000",
     "TUANYUAN_GATEWAY_REQUESTS_PER_S": "100000",
@@ -176,7 +176,7 @@ class LocalSystem:
     # ---- accounts
 
     def _make_accounts(self) -> None:
-        keys = make_accounts(self.server.url, self.folder, [partner.name for partner in DEFAULT_PARTNERS])
+        keys = make_accounts(self.server.url, self.folder, DATUMS)
         self.deployment = Deployment(
             f"http://127.0.0.1:{self._port}",
             valkey=self.server.url,
@@ -221,7 +221,7 @@ class LocalSystem:
         )
 
 
-def make_accounts(valkey: str, var: Path, partners: list[str]) -> dict[str, Any]:
+def make_accounts(valkey: str, var: Path, partners: Mapping[str, Datum]) -> dict[str, Any]:
     """Partners without limits of their own, an officer of the Ministry and an operator; their keys.
 
     Raises gateway.accounts.AccountRefused: say, there is one of that name already.
@@ -230,9 +230,13 @@ def make_accounts(valkey: str, var: Path, partners: list[str]) -> dict[str, Any]
     try:
         accounts = Accounts(client, Sealer.read(GatewayConfig(var=var).secret_path))
         return {
-            "partners": {name: accounts.add_partner(name, **UNLIMITED).text for name in partners},
+            "partners": {
+                name: accounts.add_partner(name, datum=datum, pings_per_s=1e9, requests_per_s=1e6).text
+                for name, datum in partners.items()
+            },
             "officer": accounts.add_officer("load test", MINISTRY, "ministry", requests_per_s=1e6).text,
             "operator": accounts.add_operator("load test").text,
+            "datums": {name: datum for name, datum in partners.items() if datum != "wgs84"},
         }
     finally:
         client.close()

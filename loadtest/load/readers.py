@@ -1,4 +1,4 @@
-"""Partners that read: take pushes, tell their owners (nobody), acknowledge. Some are slow, some die over what they took.
+"""Partners that read: take pushes, tell their owners (nobody), acknowledge. Some are slow, some die over them.
 
 A reader stands for one partner's program. What it was given is known by its id, so that a second delivery is counted
 as one, and by the ids of probes, so that a push is measured from the moment at which its ping was due.

@@ -23,7 +23,7 @@ class FanOut:
     """What came of one log entry that told of an alert, by what readers took: moments in ms since 1970."""
 
     cause: tuple[int, int]
-    """The log entry. Of one alert, kind and shard the first counts: what was caused by the event, not by later pings."""
+    """The log entry. Of one alert, kind and shard the first counts: caused by the event, not by later pings."""
     first_ms: float
     last_ms: float
     devices: int = 0
@@ -96,18 +96,18 @@ class Recorder:
             "loads": self.loads,
         }
         for emptied in (self.latencies, self.failures, self.failed_at, self.counts, self.fan_outs):
-            emptied.clear()  # type: ignore[attr-defined]
+            emptied.clear()
         self.published, self.loads = {}, []
         return taken
 
     def merge(self, taken: dict[str, Any], worker: int = 0) -> None:
         """What another recorder gave. `worker`: whose loads these are."""
         for name, second, buckets in taken["latencies"]:
-            self.latencies[name][second].merge(Histogram({bucket: count for bucket, count in buckets}))
+            self.latencies[name][second].merge(Histogram(dict(buckets)))
         for kind in ("failures", "failed_at", "counts"):
             mine = getattr(self, kind)
             for name, amounts in taken[kind]:
-                mine[name].update({key: amount for key, amount in amounts})
+                mine[name].update(dict(amounts))
         for alert_id, kind, shard, ms, sequence, first_ms, last_ms, devices in taken["fan_outs"]:
             key, cause = (alert_id, kind, shard), (ms, sequence)
             self.pushed(key, cause, devices, first_ms)

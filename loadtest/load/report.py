@@ -31,11 +31,14 @@ p { margin: 6px 0 } .soft { color: var(--soft) }
 .warn { border-color: #d39f2a } .warn strong { color: #8a6410 }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 10px; margin: 18px 0 }
 .tile { border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px }
-.tile b { display: block; font-size: 21px; font-variant-numeric: tabular-nums } .tile span { color: var(--soft); font-size: 13px }
+.tile b { display: block; font-size: 21px; font-variant-numeric: tabular-nums }
+.tile span { color: var(--soft); font-size: 13px }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums }
-th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); padding: 4px 10px 4px 0 }
+th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line);
+  padding: 4px 10px 4px 0 }
 td { border-bottom: 1px solid var(--line); padding: 4px 10px 4px 0; vertical-align: top }
-.n { text-align: right; white-space: nowrap } .met { color: var(--good) } .missed { color: var(--bad); font-weight: 700 }
+.n { text-align: right; white-space: nowrap } .met { color: var(--good) }
+.missed { color: var(--bad); font-weight: 700 }
 .scroll { overflow-x: auto }
 img { width: 100%; height: auto; margin: 10px 0 } code { font-size: 13px }
 """
@@ -187,7 +190,8 @@ def _rate_words(found: dict[str, Any]) -> str:
 
 
 def _box(kind: str, head: str, *lines: str) -> str:
-    return f'<div class="verdict {kind}"><strong>{escape(head)}</strong>{"".join(f"<p>{escape(l)}</p>" for l in lines)}</div>'
+    paragraphs = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return f'<div class="verdict {kind}"><strong>{escape(head)}</strong>{paragraphs}</div>'
 
 
 def _verdict_box(found: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ class Scenario:
     slow_partners: tuple[str, ...] = ()
     """Their programs take few pushes at a time and think about each."""
     dying: float = 0.02
-    """Share of deliveries after which a partner's program dies before it acknowledges: they come again after a minute."""
+    """Share of deliveries after which a partner's program dies before it acknowledges: they come again in a minute."""
     dying_partners: tuple[str, ...] = ("chuxing",)
     operators: int = 2
     map_apps: int = 2

@@ -13,7 +13,9 @@ import numpy as np
 
 from flows.wire import keep_pings, slice_pings
 from geoindex.columns import E7, U32, PingBatch
+from loadtest.life import Life
 from loadtest.load.spec import RunSpec
+from loadtest.places import load_places
 from loadtest.world import World
 
 CITY_KM = 100.0
@@ -66,17 +68,41 @@ class WorldSource:
         return self.world.batch(count, until_ms)
 
 
-class CitySource:
-    """The same world, seen from its densest place: only the phones within 100 km, so many of them."""
+class LifeSource:
+    """`loadtest.life.Life`: phones that commute, travel, gather, go dark and have wrong clocks; apps that differ."""
 
     exhausted = False
 
     def __init__(self, spec: RunSpec, index: int, count: int) -> None:
-        place = World(spec.seed, 1).densest_place(CITY_KM)
-        share = World(spec.seed, 1_000_000).phones_expected(place.lat, place.lng, CITY_KM) / 1_000_000
-        self.share = share
+        self.life = Life(spec.seed, spec.phones)
+        self._index, self._count = index, count
+
+    @property
+    def partner_names(self) -> tuple[str, ...]:
+        return self.life.partner_names
+
+    def first_sight(self, now_ms: int) -> Iterator[PingBatch]:
+        for number, batch in enumerate(self.life.first_sight(now_ms, FILL_BATCH_PINGS)):
+            if number % self._count == self._index:
+                yield batch
+
+    def pings(self, from_ms: int, until_ms: int, count: int) -> PingBatch:
+        rate = count * self._count / max(1, until_ms - from_ms) * 1000
+        share = self._index, self._count
+        return joined([NOTHING, *self.life.pings_at_rate(rate, from_ms, until_ms, share, FILL_BATCH_PINGS)])
+
+
+class CitySource:
+    """A world, seen from its densest place: only the phones within 100 km, so many of them."""
+
+    exhausted = False
+
+    def __init__(self, spec: RunSpec, index: int, count: int) -> None:
+        places = load_places()
+        place = places.densest_place(CITY_KM)
+        self.share = places.people_within(place.lat, place.lng, CITY_KM) / float(places.people.sum())
         self.lat, self.lng = place.lat, place.lng
-        self._inner = WorldSource(_with_phones(spec, math.ceil(spec.phones / share)), index, count)
+        self._inner = WORLDS[spec.world](_with_phones(spec, math.ceil(spec.phones / self.share)), index, count)
 
     @property
     def partner_names(self) -> tuple[str, ...]:
@@ -106,17 +132,25 @@ def _with_phones(spec: RunSpec, phones: int) -> RunSpec:
     return RunSpec.from_json({**spec.to_json(), "phones": phones, "stepping": None})
 
 
-WORLDS: dict[str, Callable[[RunSpec, int, int], PingSource]] = {"world": WorldSource}
+NOTHING = PingBatch(
+    np.zeros(0, np.uint16),
+    np.zeros(0, np.uint8),
+    np.zeros(0, np.uint32),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.int64),
+)
+WORLDS: dict[str, Callable[[RunSpec, int, int], PingSource]] = {"life": LifeSource, "world": WorldSource}
 """By the name that `--world` takes."""
 
 
 def open_source(spec: RunSpec, index: int, count: int) -> PingSource:
     """Share `index` of `count`. Raises ValueError for what cannot be opened."""
-    if spec.plays.in_one_city:
-        return CitySource(spec, index, count)
     make = WORLDS.get(spec.world)
     if make is None:
         raise ValueError(f"world must be one of {', '.join(WORLDS)}, got {spec.world!r}")
+    if spec.plays.in_one_city:
+        return CitySource(spec, index, count)
     return make(spec, index, count)
 
 

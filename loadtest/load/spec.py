@@ -20,7 +20,7 @@ class RunSpec:
     pings_per_s: float
     seconds: float
     seed: int = 1
-    world: str = "world"
+    world: str = "life"
     """Key of `loadtest.load.sources.WORLDS`; with `pings_file` that file's pings instead."""
     pings_file: str | None = None
     warp: float = 1.0

@@ -1,4 +1,4 @@
-"""What Locust is told: users, the shape of the load, options, and who conducts a run. `loadtest/locustfile.py` is its face.
+"""What Locust is told: users, the shape of the load, options, who conducts a run. `loadtest/locustfile.py` is its face.
 
 A user is a *connection* or a program, not a phone: columns are made elsewhere (`loadtest.load.feeder`). How many there
 are is the scenario's; the rate is the plan's. So Locust's own numbers of users and spawn rate do not apply.
@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gevent
 from locust import LoadTestShape, User, events, task
@@ -110,7 +110,7 @@ class ScenarioShape(LoadTestShape):
     """All users at once, until the report of the run is written."""
 
     def reset_time(self) -> None:
-        super().reset_time()
+        cast(Any, super()).reset_time()
         STATE["conductor"] = None
 
     def tick(self) -> tuple[int, float] | None:
@@ -121,12 +121,10 @@ class ScenarioShape(LoadTestShape):
         return total, float(total)
 
 
-@events.init_command_line_parser.add_listener
 def _options(parser: Any, **_: object) -> None:
     add_locust_options(parser)
 
 
-@events.init.add_listener
 def _init(environment: Any, runner: Any, **_: object) -> None:
     """Before any run: users' numbers, and the worker's listeners."""
     _count_users(environment)
@@ -143,7 +141,6 @@ def _count_users(environment: Any) -> None:
         user.fixed_count = count
 
 
-@events.test_start.add_listener
 def _test_start(environment: Any, **_: object) -> None:
     if isinstance(environment.runner, WorkerRunner):
         return
@@ -172,7 +169,6 @@ def _test_start(environment: Any, **_: object) -> None:
     conductor.start()
 
 
-@events.test_stopping.add_listener
 def _test_stopping(environment: Any, **_: object) -> None:
     """Somebody stops the run early: its report is made while there are users to drain the queues."""
     conductor = STATE["conductor"]
@@ -180,13 +176,11 @@ def _test_stopping(environment: Any, **_: object) -> None:
         conductor.stop()
 
 
-@events.test_stop.add_listener
 def _test_stop(environment: Any, **_: object) -> None:
     if STATE["worker"] is not None:
         STATE["worker"].end()
 
 
-@events.quitting.add_listener
 def _quitting(environment: Any, **_: object) -> None:
     if STATE["worker"] is not None:
         STATE["worker"].end()
@@ -203,3 +197,14 @@ class _Refused:
 
 def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
+
+
+for _hook, _listener in (
+    (events.init_command_line_parser, _options),
+    (events.init, _init),
+    (events.test_start, _test_start),
+    (events.test_stopping, _test_stopping),
+    (events.test_stop, _test_stop),
+    (events.quitting, _quitting),
+):
+    cast(Any, _hook).add_listener(_listener)

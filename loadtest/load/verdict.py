@@ -257,7 +257,7 @@ def _memory_growth(samples: list[Sample]) -> float | None:
     quarter = max(1, len(late) // 4)
     first, last = (fmean(sum(sample["rss"].values()) for sample in part) for part in (late[:quarter], late[-quarter:]))
     hours = (late[-1]["at_s"] - late[0]["at_s"]) * 0.75 / 3600
-    return (last - first) / first / max(hours, 1e-9)
+    return float((last - first) / first / max(hours, 1e-9))
 
 
 # ---- verdicts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import redis
@@ -106,7 +106,7 @@ class Watch:
         if self._accepted is not None and accepted >= self._accepted:
             found["matched_per_s"] = (accepted - self._accepted) / took_s
         self._accepted = accepted
-        memory, cpu = (cast("dict[str, Any]", client.info(section)) for section in ("memory", "cpu"))
+        memory, cpu = client.info("memory"), client.info("cpu")
         found["server_memory"] = int(memory["used_memory"])
         found["server_memory_max"] = int(memory["maxmemory"])
         used_s = float(cpu["used_cpu_sys"]) + float(cpu["used_cpu_user"])
