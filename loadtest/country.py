@@ -118,7 +118,8 @@ def _vectors(lat: F64, lng: F64) -> F64:
 
 
 def _nearest(points: F64, hubs: F64) -> I64:
-    return np.argmax(points @ hubs.T, axis=1).astype(np.int64)
+    nearest: I64 = np.argmax(points @ hubs.T, axis=1).astype(np.int64)
+    return nearest
 
 
 def _trips(hubs: F64, people: F64) -> tuple[U32, U32]:

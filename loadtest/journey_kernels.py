@@ -43,7 +43,6 @@ from loadtest.world_kernels import (
     DEGREES_PER_M,
     DIRECTION_COUNT,
     GOLDEN,
-    JITTER_M_MAX,
     STREAM_EAST,
     STREAM_JITTER,
     STREAM_NORTH,
@@ -140,6 +139,11 @@ _PER_2_32 = 1.0 / (1 << 32)
 _DIRECTION_MASK = np.uint64(DIRECTION_COUNT - 1)
 
 
+Int = int | np.int64
+Truth = bool | np.bool_
+"""How whole numbers and answers are spelled for the type checker; Numba does not read them."""
+
+
 class Land(NamedTuple):
     """The tables of `loadtest.country` and what one life adds: who travels, and its festival."""
 
@@ -168,7 +172,7 @@ FESTIVAL_LAT, FESTIVAL_LNG, FESTIVAL_SEC, FESTIVAL_RADIUS_M = 4, 5, 6, 7
 
 
 @inline_kernel
-def part(number: np.uint64, first_bit: int) -> float:
+def part(number: np.uint64, first_bit: Int) -> float:
     """16 bits of a random number as a fraction in [0, 1)."""
     return np.float64((number >> np.uint64(first_bit)) & _LOW_16) * _PER_2_16
 
@@ -193,7 +197,8 @@ def way_s(way_m: float, quick: float) -> float:
 
 
 @inline_kernel
-def way_mode(way_m: float) -> int:
+def way_mode(way_m: float) -> Int:
+    """How one goes a way of that length."""
     return WALKING if way_m <= WALK_M_MAX else RIDING if way_m <= RIDE_M_MAX else DRIVING
 
 
@@ -212,8 +217,8 @@ def away_share(since_s: float, ride_s: float, stay_s: float) -> float:
 
 @inline_kernel
 def errand(
-    land: Land, own: np.uint64, day: int, slot: int, now_s: float, earliest_s: float, span_s: float, quick: float
-) -> tuple[float, float, int]:
+    land: Land, own: np.uint64, day: Int, slot: Int, now_s: float, earliest_s: float, span_s: float, quick: float
+) -> tuple[float, float, Int]:
     """An errand from where one stays -> degrees north, metres east, mode (`NO_MODE`: not out now)."""
     number = mix(own + STREAM_OUTING + np.uint64(4 * day + slot) * GOLDEN)
     if (number & _LOW_16) >= np.uint64(ERRAND_SHARE_Q16[slot]):
@@ -231,15 +236,17 @@ def errand(
         return 0.0, 0.0, NO_MODE
     heading = np.int64((more >> np.uint64(16)) & _DIRECTION_MASK)
     span_m = share * way_m
-    return span_m * land.direction[heading, 0], span_m * land.direction[heading, 1], (
-        OUT if share == 1.0 else way_mode(way_m)
+    return (
+        span_m * land.direction[heading, 0],
+        span_m * land.direction[heading, 1],
+        (OUT if share == 1.0 else way_mode(way_m)),
     )
 
 
 @inline_kernel
 def day_off(
-    land: Land, own: np.uint64, day: int, now_s: float, free_s: float, quick: float
-) -> tuple[float, float, int]:
+    land: Land, own: np.uint64, day: Int, now_s: float, free_s: float, quick: float
+) -> tuple[float, float, Int]:
     """The errands of a day, or of the evening of a working day that ends at `free_s` (0: a day off)."""
     if free_s > 0.0:
         return errand(land, own, day, 2, now_s, max(free_s, 14.5 * HOUR_S), 1.5 * HOUR_S, quick)
@@ -264,7 +271,7 @@ def workplace(land: Land, own: np.uint64, place: np.int64) -> tuple[float, float
 
 
 @inline_kernel
-def works_on(own: np.uint64, trait: np.uint64, day: int) -> bool:
+def works_on(own: np.uint64, trait: np.uint64, day: Int) -> Truth:
     """Whether a phone's owner has work and goes there on that day."""
     if ((trait >> np.uint64(16)) & _LOW_16) >= np.uint64(WORKER_SHARE_Q16):
         return False
@@ -274,7 +281,7 @@ def works_on(own: np.uint64, trait: np.uint64, day: int) -> bool:
 
 
 @inline_kernel
-def work_hours(own: np.uint64, trait: np.uint64, day: int) -> tuple[float, float]:
+def work_hours(own: np.uint64, trait: np.uint64, day: Int) -> tuple[float, float]:
     """When somebody leaves for work that day and how long they are there, in seconds; leaving is after 4:00."""
     today = mix(own + STREAM_TODAY + np.uint64(day) * GOLDEN)
     if ((trait >> np.uint64(32)) & _LOW_16) < np.uint64(SHIFT_SHARE_Q16):
@@ -290,13 +297,13 @@ def ordinary_day(
     own: np.uint64,
     trait: np.uint64,
     quick: float,
-    day: int,
+    day: Int,
     now_s: float,
     place: np.int64,
     lat: float,
     lng: float,
     sec: float,
-) -> tuple[float, float, int]:
+) -> tuple[float, float, Int]:
     """A day that begins and ends at home (`lat`, `lng`) -> degrees, mode."""
     free_s = 0.0
     if now_s > HOUR_S and works_on(own, trait, day):
@@ -326,16 +333,14 @@ def at_work(
     own: np.uint64,
     trait: np.uint64,
     quick: float,
-    day: int,
+    day: Int,
     now_s: float,
     lat: float,
     lng: float,
     sec: float,
-) -> tuple[float, float, int]:
+) -> tuple[float, float, Int]:
     """At the workplace, or on foot to lunch and back: 12:00 to 12:20 leaves, before 13:10 returns."""
-    if 8.0 * HOUR_S < now_s < 9.2 * HOUR_S and (
-        ((trait >> np.uint64(32)) & _LOW_16) >= np.uint64(SHIFT_SHARE_Q16)
-    ):
+    if 8.0 * HOUR_S < now_s < 9.2 * HOUR_S and (((trait >> np.uint64(32)) & _LOW_16) >= np.uint64(SHIFT_SHARE_Q16)):
         number = mix(own + STREAM_LUNCH + np.uint64(day) * GOLDEN)
         if (number & _LOW_16) < np.uint64(LUNCH_SHARE_Q16):
             way_m = 100.0 + 600.0 * part(number, 16)
@@ -356,7 +361,8 @@ def at_work(
 
 
 @inline_kernel
-def is_festival_day(festival: F64, day: int) -> bool:
+def is_festival_day(festival: F64, day: Int) -> Truth:
+    """Whether the festival is held on that day."""
     first = np.int64(festival[FESTIVAL_FIRST_DAY])
     every = np.int64(festival[FESTIVAL_EVERY])
     if every == 0:
@@ -366,8 +372,8 @@ def is_festival_day(festival: F64, day: int) -> bool:
 
 @inline_kernel
 def festival_day(
-    land: Land, own: np.uint64, quick: float, day: int, now_s: float, lat: float, lng: float, sec: float
-) -> tuple[float, float, int]:
+    land: Land, own: np.uint64, quick: float, day: Int, now_s: float, lat: float, lng: float, sec: float
+) -> tuple[float, float, Int]:
     """The day of somebody who goes to the festival -> degrees, mode; `NO_MODE` if it is too far after all."""
     festival = land.festival
     number = mix(own + STREAM_FESTIVAL + np.uint64(day) * GOLDEN)
@@ -398,7 +404,7 @@ NO_TRIP, SETS_OUT, AWAY, COMES_BACK = 0, 1, 2, 3
 
 
 @inline_kernel
-def trip_on(own: np.uint64, trip_q16: np.uint64, day: int) -> tuple[int, np.uint64]:
+def trip_on(own: np.uint64, trip_q16: np.uint64, day: Int) -> tuple[Int, np.uint64]:
     """Which part of a trip that day is -> (NO_TRIP, SETS_OUT, AWAY, COMES_BACK), random number of the trip."""
     shifted = day + np.int64(own >> np.uint64(40)) % TRIP_DAYS
     period = shifted // TRIP_DAYS
@@ -414,7 +420,7 @@ def trip_on(own: np.uint64, trip_q16: np.uint64, day: int) -> tuple[int, np.uint
 
 
 @inline_kernel
-def between_hubs(land: Land, start: np.int64, end: np.int64, column: int) -> float:
+def between_hubs(land: Land, start: np.int64, end: np.int64, column: Int) -> float:
     """Great-circle distance between two stations (`HUB_STATION`) or airports (`HUB_AIRPORT`), in metres."""
     x = land.hubs[end, column + 2] - land.hubs[start, column + 2]
     y = land.hubs[end, column + 3] - land.hubs[start, column + 3]
@@ -431,12 +437,12 @@ def on_the_way(
     sec: float,
     start: np.int64,
     end: np.int64,
-    column: int,
+    column: Int,
     to_lat: float,
     to_lng: float,
     to_sec: float,
     quick: float,
-) -> tuple[float, float, int]:
+) -> tuple[float, float, Int]:
     """From a door by hub `start` and hub `end` to another door, `since_s` after leaving -> degrees, mode.
 
     `NO_MODE` before and after, at the door then. On the chord between the hubs one moves evenly and is lifted to the
@@ -481,15 +487,15 @@ def trip_day(
     land: Land,
     own: np.uint64,
     quick: float,
-    day: int,
+    day: Int,
     now_s: float,
-    kind: int,
+    kind: Int,
     number: np.uint64,
     place: np.int64,
     lat: float,
     lng: float,
     sec: float,
-) -> tuple[float, float, int]:
+) -> tuple[float, float, Int]:
     """A day of a trip, from a home or back to it -> degrees, mode."""
     hub = np.int64(land.rows[place, PLACE_HUB])
     more = mix(number)
@@ -531,7 +537,7 @@ def trip_day(
 
 
 @inline_kernel
-def whereabouts(land: Land, phone: int, at_ms: np.int64) -> tuple[float, float, float, int]:
+def whereabouts(land: Land, phone: Int, at_ms: Int) -> tuple[float, float, float, Int]:
     """Where a phone is -> latitude, longitude (degrees), 1/cos(latitude), mode."""
     own = phone_hash(land.key, phone)
     place = place_of(land.key, phone, land.threshold, land.alias)
@@ -563,7 +569,7 @@ def whereabouts(land: Land, phone: int, at_ms: np.int64) -> tuple[float, float, 
 
 
 @lean_kernel
-def mode_of(land: Land, phone: int, at_ms: np.int64) -> int:
+def mode_of(land: Land, phone: Int, at_ms: Int) -> Int:
     """As `whereabouts`, the mode alone: for the few phones whose being online depends on it."""
     return whereabouts(land, phone, at_ms)[3]
 
@@ -574,7 +580,7 @@ def locate(
 ) -> None:
     """Where each phone is at its moment -> `lat_e7`, `lng_e7` i32[n], `mode` u8[n].
 
-    Off by up to `jitter_m` in a direction drawn from the ping's `number`: 24 m as in `World` for pings, 0 for the truth.
+    Off by up to `jitter_m` in a direction drawn from the ping's `number`: 24 m as in `World` for pings, else 0.
     """
     for row in range(len(phone)):
         now_lat, now_lng, sec, now_mode = whereabouts(land, phone[row], at_ms[row])

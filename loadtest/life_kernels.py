@@ -18,9 +18,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from geoindex.columns import F64, I64, U16, U32, U64
+from geoindex.columns import F64, I64, U16, U32, U64, Bool
 from geoindex.numba_typing import inline_kernel, lean_kernel
-from loadtest.journey_kernels import DAY_MS, IN_AIR, LIFE_DAY_OFFSET_MS, NO_TRIP, AWAY, Land, mode_of, trip_on
+from loadtest.journey_kernels import (
+    AWAY,
+    DAY_MS,
+    IN_AIR,
+    LIFE_DAY_OFFSET_MS,
+    NO_TRIP,
+    Int,
+    Land,
+    Truth,
+    mode_of,
+    trip_on,
+)
 from loadtest.world_kernels import GOLDEN, below, mix, permuted, phone_hash
 
 BEIJING_OFFSET_MS = 8 * 3_600_000
@@ -92,7 +103,7 @@ class Rhythm(NamedTuple):
 
 
 @inline_kernel
-def arrived_before(rhythm: Rhythm, partner: int, at_ms: int) -> int:
+def arrived_before(rhythm: Rhythm, partner: Int, at_ms: Int) -> Int:
     """How many pings of a partner arrive before a moment, counted from 1970 in Beijing: never falls."""
     local_ms = at_ms + BEIJING_OFFSET_MS
     day = local_ms // DAY_MS
@@ -100,11 +111,11 @@ def arrived_before(rhythm: Rhythm, partner: int, at_ms: int) -> int:
     since_ms = local_ms - day * DAY_MS - quarter * QUARTER_MS
     before, after = rhythm.before[partner, quarter], rhythm.before[partner, quarter + 1]
     within = min(math.floor(before + (after - before) * (np.float64(since_ms) * _PER_QUARTER)), after)
-    return day * rhythm.daily[partner] + np.int64(within)
+    return np.int64(day * rhythm.daily[partner] + np.int64(within))
 
 
 @inline_kernel
-def arrival_ms(rhythm: Rhythm, partner: int, number: int, from_ms: int, until_ms: int) -> int:
+def arrival_ms(rhythm: Rhythm, partner: Int, number: Int, from_ms: Int, until_ms: Int) -> Int:
     """When ping `number` arrives: the first ms of [from_ms, until_ms) that ends behind it, or `until_ms`."""
     at_ms = from_ms
     while at_ms < until_ms and arrived_before(rhythm, partner, at_ms + 1) <= number:
@@ -124,7 +135,7 @@ def arrival_ms(rhythm: Rhythm, partner: int, number: int, from_ms: int, until_ms
 
 
 @inline_kernel
-def delay_ms(habits: Habits, key: np.uint64, partner: int, number: int) -> int:
+def delay_ms(habits: Habits, key: np.uint64, partner: Int, number: Int) -> Int:
     """How long a ping is on its way: lognormal about the partner's median, some of them late."""
     draw = mix(mix(key + STREAM_LIFE_DELAY + np.uint64(partner)) + np.uint64(number) * GOLDEN)
     if (draw >> np.uint64(32)) < habits.late_q32[partner]:
@@ -137,7 +148,7 @@ def delay_ms(habits: Habits, key: np.uint64, partner: int, number: int) -> int:
 
 
 @inline_kernel
-def sender(count: int, mask: np.uint64, shift: np.uint64, turn_key: np.uint64, position: int) -> int:
+def sender(count: Int, mask: np.uint64, shift: np.uint64, turn_key: np.uint64, position: Int) -> Int:
     """Which of a partner's `count` phones sends at a position of a round, in [0, count)."""
     if count < BLOCKS:
         return position
@@ -158,8 +169,8 @@ def sender(count: int, mask: np.uint64, shift: np.uint64, turn_key: np.uint64, p
 
 @inline_kernel
 def in_stretch(
-    own: np.uint64, stream: np.uint64, share_q32: np.uint64, at_ms: int, period_ms: int, ms_min: int, ms_max: int
-) -> bool:
+    own: np.uint64, stream: np.uint64, share_q32: np.uint64, at_ms: Int, period_ms: Int, ms_min: Int, ms_max: int
+) -> Truth:
     """Whether a moment lies in the stretch that a period of a phone may hold. Periods of phones are out of step."""
     shifted = at_ms + np.int64(own >> np.uint64(24)) % period_ms
     period = shifted // period_ms
@@ -174,10 +185,9 @@ def in_stretch(
 
 
 @inline_kernel
-def is_dark(habits: Habits, own: np.uint64, at_ms: int) -> bool:
-    if in_stretch(
-        own, STREAM_DARK, habits.short_dark_q32, at_ms, SHORT_DARK_MS, SHORT_DARK_MS_MIN, SHORT_DARK_MS_MAX
-    ):
+def is_dark(habits: Habits, own: np.uint64, at_ms: Int) -> Truth:
+    """Whether a phone is dark for hours or for days."""
+    if in_stretch(own, STREAM_DARK, habits.short_dark_q32, at_ms, SHORT_DARK_MS, SHORT_DARK_MS_MIN, SHORT_DARK_MS_MAX):
         return True
     return in_stretch(
         own, STREAM_LONG_DARK, habits.long_dark_q32, at_ms, LONG_DARK_MS, LONG_DARK_MS_MIN, LONG_DARK_MS_MAX
@@ -185,7 +195,7 @@ def is_dark(habits: Habits, own: np.uint64, at_ms: int) -> bool:
 
 
 @inline_kernel
-def is_offline(habits: Habits, land: Land, own: np.uint64, phone: int, at_ms: int) -> bool:
+def is_offline(habits: Habits, land: Land, own: np.uint64, phone: Int, at_ms: Int) -> Truth:
     """Dark, or in the air without the aircraft's Wi-Fi."""
     if is_dark(habits, own, at_ms):
         return True
@@ -197,13 +207,16 @@ def is_offline(habits: Habits, land: Land, own: np.uint64, phone: int, at_ms: in
 
 
 @inline_kernel
-def clock_offset_ms(habits: Habits, own: np.uint64) -> int:
+def clock_offset_ms(habits: Habits, own: np.uint64) -> Int:
     """How far ahead of the truth a phone's clock is: 0 for most, and the same for life."""
     draw = mix(own + STREAM_CLOCK)
     share = draw >> np.uint64(32)
-    for fault in range(len(habits.clock_until_q32)):
+    faults = len(habits.clock_until_q32)
+    if faults == 0 or share >= habits.clock_until_q32[faults - 1]:
+        return np.int64(0)
+    for fault in range(faults):
         if share < habits.clock_until_q32[fault]:
-            return habits.clock_ms_min[fault] + np.int64(below(mix(draw), habits.clock_ms_span[fault]))
+            return np.int64(habits.clock_ms_min[fault] + np.int64(below(mix(draw), habits.clock_ms_span[fault])))
     return np.int64(0)
 
 
@@ -211,7 +224,9 @@ def clock_offset_ms(habits: Habits, own: np.uint64) -> int:
 
 
 @lean_kernel
-def start(rhythm: Rhythm, from_ms: int, until_ms: int, worker: int, workers: int, next_number: I64, next_ms: I64) -> None:
+def start(
+    rhythm: Rhythm, from_ms: Int, until_ms: Int, worker: Int, workers: Int, next_number: I64, next_ms: I64
+) -> None:
     """First ping of each partner in a slice that worker `worker` of `workers` makes, and when -> two i64[partners]."""
     for partner in range(len(next_number)):
         if next_ms[partner] >= until_ms:
@@ -227,8 +242,8 @@ def draw_pings(
     habits: Habits,
     land: Land,
     rhythm: Rhythm,
-    until_ms: int,
-    workers: int,
+    until_ms: Int,
+    workers: Int,
     substitute: bool,
     next_number: I64,
     next_ms: I64,
@@ -239,7 +254,7 @@ def draw_pings(
     seen_ms: I64,
     observed_ms: I64,
     id_end: U32,
-) -> int:
+) -> Int:
     """The next pings that arrive before `until_ms`, at most as many as the columns hold -> how many.
 
     `next_number`, `next_ms` i64[partners]: where to go on, changed here. In order of arrival by the millisecond, within
@@ -302,18 +317,18 @@ def draw_last_seen(
     habits: Habits,
     land: Land,
     interval_ms: I64,
-    at_ms: int,
-    oldest_ms: int,
-    newest_ms: int,
+    at_ms: Int,
+    oldest_ms: Int,
+    newest_ms: Int,
     mask: np.uint64,
     shift: np.uint64,
-    position: int,
+    position: Int,
     partner: U16,
     phone: U32,
     seen_ms: I64,
     observed_ms: I64,
     id_end: U32,
-) -> tuple[int, int]:
+) -> tuple[Int, Int]:
     """Phones in random order from `position` on, as last seen before `at_ms` -> how many fit, next position.
 
     A phone that was offline an interval ago was last seen some hours before, if it was online then. Those whose clock
@@ -362,8 +377,8 @@ def draw_partners_of(habits: Habits, phone: U32, partner: U16, id_end: U32) -> N
 
 
 @lean_kernel
-def draw_states(habits: Habits, land: Land, phone: U32, at_ms: I64, online: np.ndarray, clock_ms: I64) -> None:
-    """Whether each phone is online at its moment -> `online` bool[n]; how far ahead its clock is -> `clock_ms` i64[n]."""
+def draw_states(habits: Habits, land: Land, phone: U32, at_ms: I64, online: Bool, clock_ms: I64) -> None:
+    """Whether each phone is online at its moment -> `online` bool[n]; its clock's lead -> `clock_ms` i64[n]."""
     for row in range(len(phone)):
         own = phone_hash(land.key, phone[row])
         online[row] = not is_offline(habits, land, own, phone[row], at_ms[row])

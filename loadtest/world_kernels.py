@@ -84,7 +84,7 @@ def mix(number: np.uint64) -> np.uint64:
 
 
 @inline_kernel
-def phone_hash(key: np.uint64, phone: int) -> np.uint64:
+def phone_hash(key: np.uint64, phone: np.int64 | int) -> np.uint64:
     """The number from which everything about a phone is drawn."""
     return mix(key + np.uint64(phone) * GOLDEN)
 
@@ -267,7 +267,7 @@ def write_ids(key: np.uint64, phone: U32, partner: U16, partner_style: U8, id_en
 
 
 @inline_kernel
-def place_of(key: np.uint64, phone: int, threshold: U64, alias: U32) -> np.int64:
+def place_of(key: np.uint64, phone: np.int64 | int, threshold: U64, alias: U32) -> np.int64:
     """Index of the place where a phone is at home, by the place's share of the people.
 
     Walker's alias method (Vose, IEEE TSE 17(9), 1991), fed with multiples of the golden ratio instead of random

@@ -60,6 +60,7 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("gateway", "bd09_error_m_max"): Goal(at_most=0.1),
     ("figures", "stop_ms_max"): Goal(at_most=5.0, devices=10_000_000),
     ("figures", "cpu_share_of_density"): Goal(at_most=0.005, devices=10_000_000),
+    ("world", "pings_per_s_per_core"): Goal(at_least=5_000_000, devices=10_000),
     ("peers", "min_ratio"): Goal(at_least=50),
 }
 

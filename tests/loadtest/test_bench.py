@@ -40,6 +40,7 @@ KEYS = {
     "audit": {"pings_per_s", "ns_per_ping", "pushes"},
     "gateway": {"json_pings_per_s", "columns_pings_per_cpu_s", "small_request_p99_ms", "worst_body_mb_max"},
     "figures": {"cpu_share_of_density", "stop_ms_max", "stop_us_median", "read_ms", "circle_ms"},
+    "world": {"pings_per_s_per_core", "ns_per_ping", "datum_ns_per_ping"},
     "peers": {"min_ratio", "ratios"},
 }
 

@@ -53,6 +53,7 @@ class Benchmark(StrEnum):
     AUDIT = "audit"
     GATEWAY = "gateway"
     FIGURES = "figures"
+    WORLD = "world"
     PEERS = "peers"
     ALL = "all"
 
@@ -227,6 +228,13 @@ def _figures(wanted: Wanted) -> Report:
     return figures.measure(wanted.size(10 * MILLION, 20_000), pings, wanted.times(5, 1), note)
 
 
+def _world(wanted: Wanted) -> Report:
+    from loadtest.bench import world
+
+    pings = int(wanted.chosen(3 * MILLION, 30_000))
+    return world.measure(wanted.size(100 * MILLION, 20_000), wanted.times(5, 2), pings, note)
+
+
 def _peers(wanted: Wanted) -> Report:
     from loadtest.bench import peers
 
@@ -249,6 +257,7 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.AUDIT: _audit,
     Benchmark.GATEWAY: _gateway,
     Benchmark.FIGURES: _figures,
+    Benchmark.WORLD: _world,
     Benchmark.PEERS: _peers,
 }
 
