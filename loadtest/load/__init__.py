@@ -17,3 +17,7 @@ watch, conductor        the master's work; drain, accounts: the end of a run
 verdict, report, plots, compare     what is made of it
 local_system, faults    a system on this machine, and what kills parts of it
 """
+
+from tuanyuan import kernel_cache
+
+kernel_cache.use()  # before any module here imports one with kernels

@@ -13,10 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tuanyuan import kernel_cache
-
-kernel_cache.use()  # before anything with kernels is imported
-
 from gateway.accounts import Datum
 from loadtest.load.compare import compared, read_report, table
 from loadtest.load.conductor import BEGUN_FILE, FAULTS_FILE, REPORT_FILE, describe
@@ -26,6 +22,7 @@ from loadtest.load.local_system import DATUMS, LocalSystem, make_accounts
 from loadtest.load.options import add_run_options, spec_of
 from loadtest.load.report import html_of
 from loadtest.load.scenarios import SCENARIOS
+from tuanyuan import kernel_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_FAILED, EXIT_USAGE = 1, 2

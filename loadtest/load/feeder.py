@@ -20,29 +20,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
-from tuanyuan import kernel_cache
+import httpx
+import numpy as np
+import orjson
+import zstandard
 
-kernel_cache.use()  # before anything with kernels is imported
-
-import httpx  # noqa: E402
-import numpy as np  # noqa: E402
-import orjson  # noqa: E402
-import zstandard  # noqa: E402
-
-from flows.log import LogWriter, read_settings  # noqa: E402
-from flows.server import connect, link_opener  # noqa: E402
-from flows.wire import encode_pings, keep_pings  # noqa: E402
-from geoindex.columns import E7, F64, PingBatch  # noqa: E402
-from geoindex.entries import Settings  # noqa: E402
-from loadtest import datums  # noqa: E402
-from loadtest.load.deployment import Deployment  # noqa: E402
-from loadtest.load.frames import MEDIA_TYPES, Request, receive, send  # noqa: E402
-from loadtest.load.probes import Probes  # noqa: E402
-from loadtest.load.scenarios import Format, Stream  # noqa: E402
-from loadtest.load.sources import PingSource, joined, one_ping, open_source, parts  # noqa: E402
-from loadtest.load.spec import RunSpec  # noqa: E402
+from flows.log import LogWriter, read_settings
+from flows.server import connect, link_opener
+from flows.wire import encode_pings, keep_pings
+from geoindex.columns import E7, F64, PingBatch
+from geoindex.entries import Settings
+from loadtest import datums
+from loadtest.load.deployment import Deployment
+from loadtest.load.frames import MEDIA_TYPES, Request, receive, send
+from loadtest.load.plan import RatePlan
+from loadtest.load.probes import Probes
+from loadtest.load.scenarios import Format, Stream
+from loadtest.load.sources import PingSource, joined, one_ping, open_source, parts
+from loadtest.load.spec import RunSpec
 
 SLICE_S = 0.2
 AHEAD_S = 4.0
@@ -52,6 +50,7 @@ PINGS_MAX: dict[Format, int] = {"json": 20_000, "ndjson": 20_000, "columns": 100
 """Of one request, below the gateway's limits."""
 ZSTD_LEVEL, GZIP_LEVEL = 1, 1
 HTTP_TIMEOUT_S = 60.0
+WARM_PHONES = 1_000
 FILL_TRIES = 120
 
 
@@ -86,9 +85,10 @@ class Feeder:
         self.spec, self.index, self.count = spec, index, count
         self._deployment = deployment
         self._say = say
-        self._source = source or open_source(spec, index, count)
+        self._source = source or open_source(spec, index, count, tuple(deployment.partners))
         self._chance = random.Random(f"{spec.seed}/{index}")
-        self._rates = spec.rates
+        own_per_s = self._source.own_per_s
+        self._rates = spec.rates if own_per_s is None else RatePlan(((0.0, own_per_s),))
         self._made = 0
         self._probes = Probes(spec, index)
         self._settings: Settings | None = None
@@ -117,6 +117,17 @@ class Feeder:
         return outlets
 
     # ---- before the load
+
+    def warm_up(self) -> None:
+        """Have every kernel in memory: one that is compiled or loaded in the load would make the first requests late."""
+        if self.spec.pings_file is not None:
+            return
+        source = open_source(replace(self.spec, phones=min(self.spec.phones, WARM_PHONES)), 0, 1)
+        now_ms = round(time.time() * 1000)
+        for batch in (*islice(source.first_sight(now_ms), 1), source.pings(now_ms, now_ms + 1_000, WARM_PHONES)):
+            for outlet in self._outlets:
+                own = self._in_datum(of_partner(batch, outlet.partner), outlet.stream.partner)
+                compressed(b"".join(make(own) for make in BODIES.values()), outlet.stream.encoding)
 
     def fill(self) -> int:
         """Let the deployment know every phone of this share, as fast as it takes them; how many."""
@@ -193,7 +204,7 @@ class Feeder:
         for outlet in self._outlets:
             outlet.next_due_s = self._chance.uniform(0.0, 1.0 / self._requests_per_s(outlet, 0.0))
         number = 0
-        while (from_s := number * SLICE_S) < self.spec.seconds and not self._source.exhausted:
+        while (from_s := number * SLICE_S) < self.spec.seconds:
             number += 1
             until_s = min(number * SLICE_S, self.spec.seconds)
             yield until_s, self._slice(from_s, until_s, begin_ms)
@@ -300,6 +311,7 @@ def _serve(peer: socket.socket) -> None:
         wanted["count"],
         lambda words: send(peer, words),
     )
+    feeder.warm_up()
     send(peer, {"ready": True, "known": feeder.fill()})
     begin = receive(peer)
     if begin is None:

@@ -76,6 +76,8 @@ def spec_of(options: argparse.Namespace, scenario: str) -> RunSpec:
         stepping = Stepping(
             options.step_from or rate / 4, options.step_factor, options.step_seconds, int(options.steps_max)
         )
+    if options.pings is not None and options.stepping:
+        raise ValueError("--stepping raises the rate of a world: a recording (--pings) has its own; use --warp")
     if options.pings is not None and not Path(options.pings).is_file():
         raise ValueError(f"--pings: no such file: {options.pings}")
     return RunSpec.of(

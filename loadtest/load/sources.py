@@ -6,7 +6,8 @@ Each of n workers makes its own share, so that together they make what one alone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from geoindex.columns import E7, U32, PingBatch
 from loadtest.life import Life
 from loadtest.load.spec import RunSpec
 from loadtest.places import load_places
+from loadtest.traces import Replay, Trace
 from loadtest.world import World
 
 CITY_KM = 100.0
@@ -38,14 +40,14 @@ class PingSource(Protocol):
         """About `count` pings (a file: as many as it has), observed before `until_ms`, mostly after `from_ms`."""
 
     @property
-    def exhausted(self) -> bool:
-        """There will be no more."""
+    def own_per_s(self) -> float | None:
+        """Pings a second of all workers, where the source decides; None: as many as it is asked for."""
 
 
 class WorldSource:
     """`loadtest.world.World`: every phone pings once a round, most stay where they are."""
 
-    exhausted = False
+    own_per_s = None
 
     def __init__(self, spec: RunSpec, index: int, count: int) -> None:
         self.world = World(spec.seed, spec.phones)
@@ -71,7 +73,7 @@ class WorldSource:
 class LifeSource:
     """`loadtest.life.Life`: phones that commute, travel, gather, go dark and have wrong clocks; apps that differ."""
 
-    exhausted = False
+    own_per_s = None
 
     def __init__(self, spec: RunSpec, index: int, count: int) -> None:
         self.life = Life(spec.seed, spec.phones)
@@ -92,10 +94,46 @@ class LifeSource:
         return joined([NOTHING, *self.life.pings_at_rate(rate, from_ms, until_ms, share, FILL_BATCH_PINGS)])
 
 
+class RecordedSource:
+    """A file, over and over, `warp` times as fast as it was recorded. It has its own rate."""
+
+    def __init__(self, spec: RunSpec, index: int, count: int, known: Sequence[str] = ()) -> None:
+        """`known`: partners of the deployment. One that only the file knows stands for one that nobody else is.
+
+        Raises loadtest.traces.UnreadableTrace; ValueError if the file has more partners than the deployment.
+        """
+        assert spec.pings_file is not None
+        self._trace = Trace.read(Path(spec.pings_file))
+        self._warp, self._share = spec.warp, (index, count)
+        self._replay: Replay | None = None
+        self.partner_names = renamed(self._trace.partner_names, known)
+        self.own_per_s = self._trace.replay(0, spec.warp, loop=True).pings_per_s
+
+    def first_sight(self, now_ms: int) -> Iterator[PingBatch]:
+        return iter(())
+
+    def pings(self, from_ms: int, until_ms: int, count: int) -> PingBatch:
+        if self._replay is None:
+            self._replay = self._trace.replay(from_ms, self._warp, loop=True)
+        return joined([NOTHING, *self._replay.pings(from_ms, until_ms, self._share)])
+
+
+def renamed(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """A recording's partners as a deployment calls them: by their names, the others in order. Raises ValueError."""
+    free = [name for name in known if name not in names]
+    unknown = [name for name in names if name not in known]
+    if known and len(unknown) > len(free):
+        raise ValueError(
+            f"a recording of {len(names)} partners needs as many accounts, got {len(known)}: {', '.join(known)}"
+        )
+    given = dict(zip(unknown, free, strict=False))
+    return tuple(given.get(name, name) for name in names)
+
+
 class CitySource:
     """A world, seen from its densest place: only the phones within 100 km, so many of them."""
 
-    exhausted = False
+    own_per_s = None
 
     def __init__(self, spec: RunSpec, index: int, count: int) -> None:
         places = load_places()
@@ -144,8 +182,10 @@ WORLDS: dict[str, Callable[[RunSpec, int, int], PingSource]] = {"life": LifeSour
 """By the name that `--world` takes."""
 
 
-def open_source(spec: RunSpec, index: int, count: int) -> PingSource:
-    """Share `index` of `count`. Raises ValueError for what cannot be opened."""
+def open_source(spec: RunSpec, index: int, count: int, known: Sequence[str] = ()) -> PingSource:
+    """Share `index` of `count`. `known`: partners of the deployment. Raises ValueError for what cannot be opened."""
+    if spec.pings_file is not None:
+        return RecordedSource(spec, index, count, known)
     make = WORLDS.get(spec.world)
     if make is None:
         raise ValueError(f"world must be one of {', '.join(WORLDS)}, got {spec.world!r}")

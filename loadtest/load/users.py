@@ -16,18 +16,14 @@ import gevent
 from locust import LoadTestShape, User, events, task
 from locust.runners import MasterRunner, WorkerRunner
 
-from tuanyuan import kernel_cache
-
-kernel_cache.use()  # before anything with kernels is imported
-
-from loadtest.load.conductor import Conductor, describe  # noqa: E402
-from loadtest.load.officers import Officers  # noqa: E402
-from loadtest.load.onlookers import MapApp, Operator  # noqa: E402
-from loadtest.load.options import add_locust_options, deployment_of, spec_of  # noqa: E402
-from loadtest.load.readers import read_all  # noqa: E402
-from loadtest.load.scenarios import Scenario, scenario_called  # noqa: E402
-from loadtest.load.senders import Sender  # noqa: E402
-from loadtest.load.worker import Worker  # noqa: E402
+from loadtest.load.conductor import Conductor, describe
+from loadtest.load.officers import Officers
+from loadtest.load.onlookers import MapApp, Operator
+from loadtest.load.options import add_locust_options, deployment_of, spec_of
+from loadtest.load.readers import read_all
+from loadtest.load.scenarios import Scenario, scenario_called
+from loadtest.load.senders import Sender
+from loadtest.load.worker import Worker
 
 logger = logging.getLogger(__name__)
 
