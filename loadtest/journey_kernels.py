@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from geoindex.columns import E7, F64, I32, I64, U8, U32, U64
-from geoindex.numba_typing import inline_kernel, lean_kernel
+from geoindex.numba_typing import inline_kernel, lean_kernel, prefetch
 from loadtest.country import (
     HUB_AIRPORT,
     HUB_LAT,
@@ -406,14 +406,14 @@ NO_TRIP, SETS_OUT, AWAY, COMES_BACK = 0, 1, 2, 3
 @inline_kernel
 def trip_on(own: np.uint64, trip_q16: np.uint64, day: Int) -> tuple[Int, np.uint64]:
     """Which part of a trip that day is -> (NO_TRIP, SETS_OUT, AWAY, COMES_BACK), random number of the trip."""
-    shifted = day + np.int64(own >> np.uint64(40)) % TRIP_DAYS
-    period = shifted // TRIP_DAYS
-    number = mix(own + STREAM_TRIP + np.uint64(period) * GOLDEN)
+    shifted = np.uint64(day) + (((own >> np.uint64(40)) * np.uint64(TRIP_DAYS)) >> np.uint64(24))
+    period = shifted // np.uint64(TRIP_DAYS)
+    number = mix(own + STREAM_TRIP + period * GOLDEN)
     if (number & _LOW_16) >= trip_q16:
         return NO_TRIP, number
     nights = 1 + np.int64((((number >> np.uint64(16)) & _LOW_16) * np.uint64(TRIP_NIGHTS_MAX)) >> np.uint64(16))
     first = np.int64((((number >> np.uint64(32)) & _LOW_16) * np.uint64(TRIP_FIRST_DAYS)) >> np.uint64(16))
-    since = shifted - period * TRIP_DAYS - first
+    since = np.int64(shifted - period * np.uint64(TRIP_DAYS)) - first
     if since < 0 or since > nights:
         return NO_TRIP, number
     return (SETS_OUT if since == 0 else COMES_BACK if since == nights else AWAY), number
@@ -537,10 +537,9 @@ def trip_day(
 
 
 @inline_kernel
-def whereabouts(land: Land, phone: Int, at_ms: Int) -> tuple[float, float, float, Int]:
-    """Where a phone is -> latitude, longitude (degrees), 1/cos(latitude), mode."""
+def whereabouts(land: Land, phone: Int, place: np.int64, at_ms: Int) -> tuple[float, float, float, Int]:
+    """Where a phone from a place is -> latitude, longitude (degrees), 1/cos(latitude), mode."""
     own = phone_hash(land.key, phone)
-    place = place_of(land.key, phone, land.threshold, land.alias)
     north = bell(mix(own + STREAM_NORTH)) * land.rows[place, PLACE_REACH]
     sec = land.rows[place, PLACE_SEC] + land.rows[place, PLACE_SEC_SLOPE] * north
     east = bell(mix(own + STREAM_EAST)) * land.rows[place, PLACE_REACH]
@@ -571,19 +570,31 @@ def whereabouts(land: Land, phone: Int, at_ms: Int) -> tuple[float, float, float
 @lean_kernel
 def mode_of(land: Land, phone: Int, at_ms: Int) -> Int:
     """As `whereabouts`, the mode alone: for the few phones whose being online depends on it."""
-    return whereabouts(land, phone, at_ms)[3]
+    return whereabouts(land, phone, place_of(land.key, phone, land.threshold, land.alias), at_ms)[3]
 
 
 @lean_kernel
 def locate(
-    land: Land, phone: U32, at_ms: I64, number: I64, jitter_m: float, lat_e7: I32, lng_e7: I32, mode: U8
+    land: Land,
+    phone: U32,
+    at_ms: I64,
+    number: I64,
+    jitter_m: float,
+    place: I64,
+    lat_e7: I32,
+    lng_e7: I32,
+    mode: U8,
 ) -> None:
     """Where each phone is at its moment -> `lat_e7`, `lng_e7` i32[n], `mode` u8[n].
 
     Off by up to `jitter_m` in a direction drawn from the ping's `number`: 24 m as in `World` for pings, else 0.
+    `place` i64[n]: scratch. Places are drawn first, so that their rows are fetched before they are needed.
     """
     for row in range(len(phone)):
-        now_lat, now_lng, sec, now_mode = whereabouts(land, phone[row], at_ms[row])
+        place[row] = place_of(land.key, phone[row], land.threshold, land.alias)
+    for row in range(len(phone)):
+        prefetch(land.rows, place[min(row + 12, len(phone) - 1)])
+        now_lat, now_lng, sec, now_mode = whereabouts(land, phone[row], place[row], at_ms[row])
         noise = mix(phone_hash(land.key, phone[row]) + STREAM_JITTER + np.uint64(number[row]) * GOLDEN)
         drift = jitter_m * (np.float64(noise >> np.uint64(32)) * _PER_2_32) * DEGREES_PER_M
         turn = np.int64(noise & _DIRECTION_MASK)

@@ -357,7 +357,8 @@ class Life:
     def _locate(self, phone: U32, at_ms: I64, number: I64, jitter_m: float) -> tuple[I32, I32, U8]:
         lat_e7, lng_e7 = np.empty(len(phone), np.int32), np.empty(len(phone), np.int32)
         mode = np.empty(len(phone), np.uint8)
-        journeys.locate(self._land, phone, at_ms, number, jitter_m, lat_e7, lng_e7, mode)
+        place = np.empty(len(phone), np.int64)
+        journeys.locate(self._land, phone, at_ms, number, jitter_m, place, lat_e7, lng_e7, mode)
         return lat_e7, lng_e7, mode
 
     def _states(self, phones: npt.ArrayLike, at_ms: npt.ArrayLike) -> tuple[Bool, I64]:

@@ -63,10 +63,9 @@ class Trace:
 
     @property
     def duration_ms(self) -> int:
-        """From the first row to the last, and one row's share more: when a loop begins again."""
-        return int(self.arrived_ms[-1] - self.arrived_ms[0]) + max(
-            1, round(float(self.arrived_ms[-1] - self.arrived_ms[0]) / max(1, len(self) - 1))
-        )
+        """From the first row to the last, and one row's share more: when a loop begins again. At least a second."""
+        span_ms = int(self.arrived_ms[-1] - self.arrived_ms[0])
+        return max(1_000, span_ms + (round(span_ms / (len(self) - 1)) if span_ms else 0))
 
     @classmethod
     def read(cls, path: Path, partners: Sequence[str] | None = None) -> Trace:

@@ -140,7 +140,7 @@ def test_slices_and_workers_send_each_ping_once_however_they_are_cut(
     # Row by row, without columns.
     expected = [
         (name.decode(), START_MS + int((int(at_ms) - int(arrived_ms[0]) + turn * trace.duration_ms) // warp))
-        for turn in range(30_000 * 10 if loop else 1)
+        for turn in range(300 if loop else 1)
         if turn * trace.duration_ms / warp <= 30_001
         for name, at_ms in zip(ids, arrived_ms, strict=True)
     ]

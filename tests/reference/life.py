@@ -214,7 +214,7 @@ def festival_day(life: Life, who: Person, day: int) -> list[Piece] | None:
 
 def trip_day(life: Life, who: Person, day: int) -> list[Piece] | None:
     """None if no trip is on."""
-    period, since = divmod(day + (who.own >> 40) % 28, 28)
+    period, since = divmod(day + (who.own >> 40) * 28 // 2**24, 28)
     number = drawn(who.own, journeys.STREAM_TRIP, period)
     if number & 0xFFFF >= int(life._land.trip_q16):
         return None
@@ -323,7 +323,7 @@ def sender(life: Life, partner: int, number: int) -> int:
 
 
 def in_stretch(own: int, stream: object, share_q32: int, at_ms: int, period_ms: int, ms_min: int, ms_max: int) -> bool:
-    period, since_ms = divmod(at_ms + (own >> 24) % period_ms, period_ms)
+    period, since_ms = divmod(at_ms + (own * period_ms >> 64), period_ms)
     draw = drawn(own, stream, period)
     more = mixed(draw)
     length_ms = ms_min + (more * (ms_max - ms_min + 1) >> 64)
@@ -340,7 +340,7 @@ def is_online(life: Life, phone: int, at_ms: int) -> bool:
     if in_stretch(who.own, kernels.STREAM_LONG_DARK, int(habits.long_dark_q32), at_ms, 20 * DAY_MS, DAY_MS, 5 * DAY_MS):
         return False
     day = (at_ms + 4 * hour) // DAY_MS
-    trip = drawn(who.own, journeys.STREAM_TRIP, (day + (who.own >> 40) % 28) // 28)
+    trip = drawn(who.own, journeys.STREAM_TRIP, (day + (who.own >> 40) * 28 // 2**24) // 28)
     flying = whereabouts(life, phone, at_ms)[2] == journeys.IN_AIR
     return not flying or drawn(trip, kernels.STREAM_WIFI) >> 32 < int(habits.wifi_q32)
 
