@@ -119,7 +119,7 @@ class Feeder:
     # ---- before the load
 
     def warm_up(self) -> None:
-        """Have every kernel in memory: one that is compiled or loaded in the load would make the first requests late."""
+        """Have every kernel in memory: one that is compiled during the load would make the first requests late."""
         if self.spec.pings_file is not None:
             return
         source = open_source(replace(self.spec, phones=min(self.spec.phones, WARM_PHONES)), 0, 1)
