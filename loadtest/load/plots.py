@@ -80,6 +80,18 @@ def _thousands(axes: Any) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
+def _log_axis(axes: Any) -> None:
+    """Numbers as they are, at 1, 2 and 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.set_yscale("log")
+    plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    axes.yaxis.set_minor_formatter(plain)
+    axes.tick_params(axis="y", which="minor", labelsize=7, colors=INK)
+
+
 def short(value: float) -> str:
     """1200 as 1.2 k."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -129,11 +141,8 @@ def _latency_of(group: str) -> Callable[[Any, Found], bool]:
                 marker="." if len(points) < 40 else None,
                 label=quantile.replace("_", "."),
             )
-        axes.set_yscale("log")
+        _log_axis(axes)
         axes.set_ylabel("ms from the due moment (log scale)", color=INK)
-        from matplotlib.ticker import FuncFormatter
-
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         _time_axis(axes, found)
         _legend(axes)
         return True
@@ -243,13 +252,12 @@ def _steps(axes: Any, found: Found) -> bool:
         axes.plot(rates, [None if value is None else max(value, 0.5) for value in values], color=color, marker="o",
                   markersize=4, linewidth=1.2, label=label)  # fmt: skip
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    _log_axis(axes)
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(rates, [short(rate) for rate in rates], fontsize=8)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     if limit["held_per_s"]:
         axes.axvline(limit["held_per_s"], color="#5d7052", linewidth=1, linestyle="--", label="held")
     if limit["broken_per_s"]:
@@ -272,10 +280,9 @@ def _alerts(axes: Any, found: Found) -> bool:
     ):
         axes.plot(numbers, [max(1.0, alert[key]) for alert in alerts], color=color, marker="o", markersize=4,
                   linestyle="none", label=label)  # fmt: skip
-    axes.set_yscale("log")
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    _log_axis(axes)
+    from matplotlib.ticker import MaxNLocator
 
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("alerts, in the order in which they were published", color=INK)
     axes.set_ylabel("ms from the due moment (log scale)", color=INK)
