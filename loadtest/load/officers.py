@@ -33,6 +33,8 @@ class Officers:
         self._places: Places = load_places()
         self._chance = random.Random(traffic.spec.seed)
         self._alert_ids: dict[int, str] = {}
+        self._closed_ids: set[str] = set()
+        self._refused: set[int] = set()
         self._spots: dict[int, tuple[float, float]] = {}
         self._densest = self._places.densest_place(DENSE_KM)
 
@@ -43,13 +45,20 @@ class Officers:
         for number in sorted({action.number for action in actions}):
             self._spots[number] = self._spot(next(one for one in actions if one.number == number))
         traffic.begun.wait()
+        traffic.desk_busy = True
         running = []
         for action in sorted(actions, key=lambda one: one.due_s):
-            traffic.sleep_until(action.due_s)
-            if traffic.ended.is_set():
+            if traffic.ceased.wait(max(0.0, action.due_s - traffic.now_s())):
                 break
             running.append(gevent.spawn(self._do, action))
         gevent.joinall(running)
+        # A run that was broken off leaves no alert open.
+        now_s = traffic.now_s()
+        gevent.joinall([gevent.spawn(self._close, alert_id, now_s) for alert_id in self._open_ids()])
+        traffic.desk_busy = False
+
+    def _open_ids(self) -> list[str]:
+        return [alert_id for alert_id in self._alert_ids.values() if alert_id not in self._closed_ids]
 
     def _watch_actions(self) -> list[Action]:
         seconds = self._traffic.spec.seconds
@@ -75,7 +84,7 @@ class Officers:
             self._publish(action, lat, lng)
             return
         while action.number not in self._alert_ids:  # its publish is still on its way
-            if self._traffic.ended.is_set():
+            if action.number in self._refused or self._traffic.ended.is_set() or self._traffic.ceased.is_set():
                 return
             gevent.sleep(0.05)
         alert_id = self._alert_ids[action.number]
@@ -83,10 +92,14 @@ class Officers:
             body: dict[str, Any] = {"location": {"lat": lat + 0.05, "lng": lng}, "place": "东站"}
             self._ask("PATCH", f"/v1/alerts/{alert_id}", "/v1/alerts/{id}", body, action.due_s, (200, 202))
         else:
-            body = {"outcome": "found", "category": "lost"}
-            name = "/v1/alerts/{id}/close"
-            if self._ask("POST", f"/v1/alerts/{alert_id}/close", name, body, action.due_s, (200, 202)) is not None:
-                self._know(alert_id, close_due_ms=self._ms(action.due_s), closed_ms=time.time() * 1000)
+            self._close(alert_id, action.due_s)
+
+    def _close(self, alert_id: str, due_s: float) -> None:
+        body = {"outcome": "found", "category": "lost"}
+        path, name = f"/v1/alerts/{alert_id}/close", "/v1/alerts/{id}/close"
+        if self._ask("POST", path, name, body, due_s, (200, 202)) is not None:
+            self._closed_ids.add(alert_id)
+            self._know(alert_id, close_due_ms=self._ms(due_s), closed_ms=time.time() * 1000)
 
     def _publish(self, action: Action, lat: float, lng: float) -> None:
         missing_ms = self._ms(action.missing_since_s)
@@ -99,7 +112,9 @@ class Officers:
         if action.number == WATCH:
             body["schedule"] = [[None, WATCH_KM]]
         found = self._ask("POST", "/v1/alerts", "/v1/alerts", body, action.due_s, (201, 202))
-        if found is not None:
+        if found is None:
+            self._refused.add(action.number)
+        else:
             alert_id = str(found["alert_id"])
             self._know(
                 alert_id,

@@ -62,8 +62,10 @@ class Traffic:
         self.on_way = 0
         self.all_made = False
         self.senders = 0
+        self.desk_busy = False
+        """Officers have not done all that they have to."""
         self._number = 0
-        self._ceased = False
+        self.ceased = Event()
         self._feeder_load: dict[str, Any] = {}
         self._process, self._peer = self._start_feeder()
         self._greenlets = [gevent.spawn(self._listen), gevent.spawn(self._watch_self)]
@@ -84,9 +86,9 @@ class Traffic:
         self.begun.set()
 
     def cease(self) -> None:
-        """Nothing more is sent, whatever was due."""
+        """No more pings are sent, whatever was due; officers close what they have published."""
         self.all_made = True
-        self._ceased = True
+        self.ceased.set()
         while not self.turns.empty():
             self.turns.get()
             self.waiting -= 1
@@ -94,7 +96,7 @@ class Traffic:
     @property
     def idle(self) -> bool:
         """Everything that was due has been sent and answered, or given up."""
-        return self.all_made and not self.waiting and not self.on_way
+        return self.all_made and not (self.waiting or self.on_way or self.desk_busy)
 
     # ---- events
 
@@ -125,7 +127,7 @@ class Traffic:
 
     def put(self, request: Request, at_s: float, tries: int = 0) -> None:
         """To be sent at that moment; not after `cease`."""
-        if self._ceased:
+        if self.ceased.is_set():
             return
         self._number += 1
         self.waiting += 1
@@ -161,7 +163,7 @@ class Traffic:
     def _heard(self, frame: dict[str, Any]) -> None:
         if "b" in frame:
             request = Request.of_frame(frame)
-            if not self._ceased:
+            if not self.ceased.is_set():
                 self.recorder.count("pings due", request.pings, request.due_s)
             self.put(request, request.due_s)
         elif "problem" in frame:

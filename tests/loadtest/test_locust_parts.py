@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import orjson
 import pytest
+from gevent.event import Event
 from gevent.queue import PriorityQueue
 
 from geoindex.columns import PingBatch
@@ -222,7 +223,8 @@ class VirtualTraffic(Traffic):
         self.turns: PriorityQueue[Turn] = PriorityQueue()
         self.clock_s = 0.0
         self.waiting = self.on_way = self.senders = self._number = 0
-        self.all_made = self._ceased = False
+        self.all_made = False
+        self.ceased = Event()
 
     def now_s(self) -> float:
         return self.clock_s
