@@ -182,7 +182,7 @@ def run_arguments(options: argparse.Namespace) -> list[str]:
     found: list[str] = []
     for name in (
         *("phones", "pings_per_s", "minutes", "world_seed", "world", "pings", "warp", "step_from", "step_factor"),
-        *("step_seconds", "steps_max", "out", "compare"),
+        *("step_seconds", "steps_max", "format", "out", "compare"),
     ):
         value = getattr(options, name)
         if value is not None:

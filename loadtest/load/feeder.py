@@ -51,6 +51,8 @@ PINGS_MAX: dict[Format, int] = {"json": 20_000, "ndjson": 20_000, "columns": 100
 ZSTD_LEVEL, GZIP_LEVEL = 1, 1
 HTTP_TIMEOUT_S = 60.0
 WARM_PHONES = 1_000
+FORMAT_PINGS_EACH = 4_000
+"""Of a request, where one format is chosen for all."""
 FILL_TRIES = 120
 
 
@@ -104,6 +106,8 @@ class Feeder:
         known = {stream.partner: stream for stream in self.spec.plays.streams}
         for partner, name in enumerate(names):
             stream = known.get(name, Stream(name, "columns"))
+            if self.spec.format is not None:
+                stream = Stream(name, self.spec.format, pings_each=FORMAT_PINGS_EACH)
             can_log = self.spec.direct and self._settings is not None and name in self._settings.partners
             form: Format = "columns" if stream.format == "log" and not can_log else stream.format
             if form != "log" and name not in self._deployment.partners:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loadtest.load.deployment import Deployment
 from loadtest.load.plan import Stepping
-from loadtest.load.scenarios import SCENARIOS
+from loadtest.load.scenarios import FORMATS, SCENARIOS
 from loadtest.load.sources import WORLDS
 from loadtest.load.spec import RunSpec
 
@@ -33,6 +33,7 @@ def add_run_options(parser: Any, has_environment: bool) -> None:
     add("--world", f"What phones do: {', '.join(WORLDS)}.", default=next(iter(WORLDS)))
     add("--pings", "Replay a recording (CSV, .csv.gz) instead of a world.", default=None, metavar="FILE.csv.gz")
     add("--warp", "How many times faster than recorded.", type=float, default=1.0)
+    add("--format", "Every partner sends like this. Default: as the scenario says.", choices=FORMATS, default=None)
     add("--no-direct", "Nobody writes straight to the logs.", action="store_true", default=False)
     add("--stepping", "Step the rate up until a limit breaks.", action="store_true", default=False)
     add(
@@ -90,6 +91,7 @@ def spec_of(options: argparse.Namespace, scenario: str) -> RunSpec:
         world=options.world,
         pings_file=None if options.pings is None else os.path.abspath(options.pings),
         warp=float(options.warp),
+        format=options.format,
         direct=not options.no_direct,
     )
 

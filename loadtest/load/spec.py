@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loadtest.load.plan import Action, RatePlan, Stepping, actions_of, warm_up_s
-from loadtest.load.scenarios import Scenario, scenario_called
+from loadtest.load.scenarios import FORMATS, Format, Scenario, scenario_called
 
 SECONDS_MIN = 2.0
 
@@ -26,6 +26,8 @@ class RunSpec:
     warp: float = 1.0
     """How many times faster than recorded a file is replayed."""
     stepping: Stepping | None = None
+    format: Format | None = None
+    """How every partner sends; None: as the scenario says."""
     direct: bool = True
     """Write to the logs where the scenario says so; False, or no Valkey: those partners send columns."""
 
@@ -36,6 +38,7 @@ class RunSpec:
             ("pings_per_s", self.pings_per_s > 0, "above 0"),
             ("seconds", self.seconds >= SECONDS_MIN, f"at least {SECONDS_MIN:g}"),
             ("warp", self.warp > 0, "above 0"),
+            ("format", self.format is None or self.format in FORMATS, f"one of {', '.join(FORMATS)}"),
         ):
             if not holds:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
