@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -17,6 +18,9 @@ SETTLE_S = 3.0
 """Of a step that is not judged: what was on its way from the last one arrives."""
 SEEN_AFTER_S = 3.0
 """What was due so long ago has been answered and told to the master, if all is well."""
+GENERATOR = ("generator", "feeder")
+MACHINE_BUSY = 0.92
+"""Share of a machine's cores above which whatever runs on it waits for one."""
 BUSY_CORES = 0.85
 """A single-threaded process that uses so much of a core has none to spare."""
 
@@ -165,8 +169,15 @@ def cores_of(samples: list[Sample], recorder: Recorder) -> dict[str, float]:
     return {role: round(fmean(used), 3) for role, used in found.items()}
 
 
-def busiest(cores: dict[str, float]) -> str:
-    """Roles without a core to spare, or that the machine has none."""
+def busiest(cores: dict[str, float], machine_cores: int = os.cpu_count() or 1) -> str:
+    """Roles without a core to spare, and whether the machine has none."""
+    used = cores.get("machine", 0.0)
+    ours = sum(cores.get(role, 0.0) for role in GENERATOR)
+    machine = f"; {used:.1f} of the machine's {machine_cores} cores in use, {ours:.1f} of them by the generator"
+    return _busiest_roles(cores) + (machine if used >= MACHINE_BUSY * machine_cores else "")
+
+
+def _busiest_roles(cores: dict[str, float]) -> str:
     full = [
         f"{role} ({used:.2f} of a core)" for role, used in cores.items() if used >= BUSY_CORES and role != "machine"
     ]

@@ -29,7 +29,7 @@ from loadtest.load.scenarios import FORMATS, SCENARIOS, Stream, Wave, scenario_c
 from loadtest.load.senders import GIVE_UP_S, LATE, Sender
 from loadtest.load.sources import joined, one_ping, renamed
 from loadtest.load.spec import RunSpec
-from loadtest.load.steps import Stepper
+from loadtest.load.steps import Stepper, busiest
 from loadtest.load.traffic import Traffic, Turn
 from loadtest.load.verdict import summarise
 from loadtest.world import DEFAULT_PARTNERS
@@ -649,7 +649,7 @@ def stepped(lag_ms: float, behind: int = 0) -> Stepper:
             {
                 "at_s": float(second),
                 "lag_ms": lag_ms if second >= 10 else 5.0,
-                "machine_cores": 2.0,
+                "machine_cores": 1.0,
                 "cores": {"flow": 0.99 if second >= 10 else 0.4, "gateway": 0.5},
                 "server_memory": 1,
                 "server_memory_max": 10,
@@ -665,6 +665,15 @@ def test_the_step_that_breaks_names_what_gave_way_first_and_who_was_busy() -> No
     assert (found["held_per_s"], found["broken_per_s"]) == (1_000.0, 2_000.0)
     assert found["gave_way"] == "the flow: it does not keep up with its logs (lag_ms 3,000, limit 2,000)"
     assert found["busiest"] == "no core to spare: flow (0.99 of a core)"
+
+
+def test_a_machine_without_a_core_to_spare_is_named_with_the_generators_part() -> None:
+    cores = {"flow": 0.3, "gateway": 0.6, "generator": 0.1, "feeder": 0.6, "machine": 1.9}
+    words = busiest(cores, machine_cores=2)
+    assert words == (
+        "busiest: gateway 0.60 cores, feeder 0.60 cores, flow 0.30 cores; "
+        "1.9 of the machine's 2 cores in use, 0.7 of them by the generator"
+    )
 
 
 def test_requests_that_never_come_back_break_a_step_though_no_latency_is_known() -> None:
