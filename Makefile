@@ -9,6 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 UPGRADE ?=
 SOAK_ARGS ?=
+LOADTEST_ARGS ?=
 SEEDS ?= 1000
 FUZZ_RUNS ?= 10000000
 
@@ -21,13 +22,14 @@ YAML_RULES = '{extends: default, rules: {document-start: disable, line-length: {
 SHELL_SCRIPTS = scripts/find-python scripts/make-venv .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate soak fuzz check format lock image-steps clean distclean ask-python
+.PHONY: help setup demo test loadtest simulate soak fuzz check format lock image-steps clean distclean ask-python
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  Variables: PYTHON=/path/to/python3.12 (setup), DEMO_SECONDS=20 (demo), PYTEST_ARGS="-k ring" (test),'
-	@echo '  SEEDS=200 (simulate), SOAK_ARGS="kill-flow --minutes 5" (soak), FUZZ_RUNS=100000 (fuzz), UPGRADE=1 (lock)'
+	@echo '  SEEDS=200 (simulate), SOAK_ARGS="kill-flow --minutes 5" (soak),'
+	@echo '  LOADTEST_ARGS="rush-hour --minutes 5" (loadtest), FUZZ_RUNS=100000 (fuzz), UPGRADE=1 (lock)'
 
 setup: $(VENV)/.dev ## Create .venv with the locked requirements and Tuanyuan itself
 
@@ -40,6 +42,10 @@ test: $(VENV)/.dev ## Run the tests
 
 soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at full size: about 25 minutes, alone on the machine
 	@$(BIN)/tuanyuan soak $(SOAK_ARGS)
+
+loadtest: $(VENV)/.dev ## Put a system of its own under load for two minutes: who was missed, what is slow, what gives way first
+	@$(BIN)/tuanyuan warmup
+	@$(BIN)/python -m loadtest $(LOADTEST_ARGS)
 
 simulate: $(VENV)/.run ## Play SEEDS=1000 small worlds full of faults against the oracles
 	@$(BIN)/tuanyuan simulate --seeds $(SEEDS)

@@ -264,6 +264,7 @@ def test_a_missing_python_is_explained(tmp_path: Path) -> None:
 # ---- imports
 
 OWN = {"flows", "gateway", "geoindex", "loadtest", "scripts", "tests", "tuanyuan"}
+KERNEL_CACHE = "tuanyuan.kernel_cache"
 MAY_IMPORT = {
     "geoindex": ("geoindex",),
     "flows": ("flows", "geoindex"),
@@ -272,7 +273,18 @@ MAY_IMPORT = {
     # Stands outside, as partners and police do: it knows what travels and how kernels are spelled, not who works on it.
     "loadtest": ("flows.wire", "geoindex.columns", "geoindex.entries", "geoindex.numba_typing", "loadtest"),
     # Benchmarks measure the insides, one part at a time.
-    "loadtest/bench": ("flows", "gateway", "geoindex", "loadtest", "tuanyuan.kernel_cache"),
+    "loadtest/bench": ("flows", "gateway", "geoindex", "loadtest", KERNEL_CACHE),
+    # Makes accounts, writes to logs as a partner inside the network does, watches what the audit reads.
+    "loadtest/load": (
+        "flows",
+        "gateway.accounts",
+        "gateway.config",
+        "gateway.keys",
+        "geoindex.columns",
+        "geoindex.entries",
+        "loadtest",
+        KERNEL_CACHE,
+    ),
     # Breaks the insides, and forks flows from a process that has every kernel loaded.
     "loadtest/soak": ("flows", "geoindex", "loadtest", "tuanyuan.warmup"),
     # The simulator plays with the insides.
@@ -360,8 +372,11 @@ def test_a_right_import_is_left_alone(package: str, source: str) -> None:
 @pytest.mark.parametrize("folder", ["geoindex", "flows", "gateway", "loadtest", "scripts", "tests", "tuanyuan"])
 def test_whatever_is_imported_is_a_declared_dependency(folder: str) -> None:
     declared = required(PYPROJECT["project"]["dependencies"])
+    tools = required(PYPROJECT["dependency-groups"]["dev"])
     if folder in ("scripts", "tests"):
-        declared |= required(PYPROJECT["dependency-groups"]["dev"])
+        declared |= tools
+    if folder == "loadtest":
+        declared |= tools & {"gevent", "geventhttpclient", "locust"}  # nobody who only runs the program needs them
     distributions = packages_distributions()
     undeclared = {
         top

@@ -40,6 +40,9 @@ def run_every_kernel() -> None:
         next(iter(world.first_sight(_NOW_MS, 500))),
         live,
         AlertRevision("publish", alert, (1, 0)),
+        # Phones that were never seen before meet the ring by their pings; one ping that is none is left out.
+        World(2, 500).batch(500, _NOW_MS + 1),
+        _with_a_bad_row(World(3, 500).batch(500, _NOW_MS + 1)),
         recorded,
         Tick(),
         AlertRevision("update", _revised(alert), (2, 0)),
@@ -48,7 +51,7 @@ def run_every_kernel() -> None:
     ]
     times_ms = [
         0,
-        *(_NOW_MS + step_ms for step_ms in (0, 0, 1, 2, 2 * HOUR_MS, 3 * HOUR_MS, 3 * HOUR_MS, 20 * HOUR_MS)),
+        *(_NOW_MS + step_ms for step_ms in (0, 0, 1, 1, 1, 2, 2 * HOUR_MS, 3 * HOUR_MS, 3 * HOUR_MS, 20 * HOUR_MS)),
     ]
     for seq, (at_ms, entry) in enumerate(zip(times_ms, entries, strict=True)):
         kind, payload = encode_entry(entry)
@@ -86,6 +89,12 @@ def _recorded(batch: PingBatch) -> PingBatch:
     return PingBatch(
         batch.partner, batch.id_bytes, batch.id_end, batch.lat_e7, batch.lng_e7, batch.observed_at_ms, at_ms
     )
+
+
+def _with_a_bad_row(batch: PingBatch) -> PingBatch:
+    lat_e7 = batch.lat_e7.copy()
+    lat_e7[0] = 910_000_000
+    return replace(batch, lat_e7=lat_e7)
 
 
 def _revised(alert: Alert) -> Alert:
