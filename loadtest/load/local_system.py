@@ -69,10 +69,8 @@ class LocalSystem:
                 memory_bytes_max=round(psutil.virtual_memory().total * MEMORY_SHARE),
                 on_wait=self._say,
             )
-            self._launch_flow()
-            self._launch_gateway()
-            self._await_flow()
-            self._await_gateway()
+            self.start_flow()  # which begins the logs: without them a gateway refuses to start
+            self.start_gateway()
             self._make_accounts()
         except BaseException:
             self.close()

@@ -138,7 +138,7 @@ def _valued(name: str, value: float) -> str:
     for suffix, unit in (("_ms", "ms"), ("_mb", "MB"), ("_s", "s")):
         if name.endswith(suffix) and not name.endswith("_per_s"):
             return f"{shown(round(value, 1) if value < 1000 else value)} {unit}"
-    return shown(value)
+    return f"{value:.2f}" if name.endswith("_cores") else shown(value)
 
 
 # ---- HTML

@@ -105,10 +105,6 @@ def user_counts(scenario: Scenario, workers: int) -> dict[type[User], int]:
 class ScenarioShape(LoadTestShape):
     """All users at once, until the report of the run is written."""
 
-    def reset_time(self) -> None:
-        cast(Any, super()).reset_time()
-        STATE["conductor"] = None
-
     def tick(self) -> tuple[int, float] | None:
         conductor = STATE["conductor"]
         if conductor is not None and conductor.finished:
@@ -173,6 +169,7 @@ def _test_stopping(environment: Any, **_: object) -> None:
 
 
 def _test_stop(environment: Any, **_: object) -> None:
+    STATE["conductor"] = None  # the next run, if there is one, has its own
     if STATE["worker"] is not None:
         STATE["worker"].end()
 
