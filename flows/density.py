@@ -199,6 +199,8 @@ class Density:
     """Shards that have not counted lately: their phones are not in it."""
     left_out: int
     """Phones that shards left out because there were too many pairs of zone and partner."""
+    newest_ms: int | None = None
+    """Shard clock of the newest count that is in it."""
 
     @property
     def phone_count(self) -> int:
@@ -237,6 +239,7 @@ def read_density(client: redis.Redis, shard_count: int) -> Density:
         # The list only grows, and a shard may be a moment behind.
         partners=max((tuple(fields["partners"]) for fields in found), key=len, default=()),
         at_ms=min((fields["at_ms"] for fields in found), default=None),
+        newest_ms=max((fields["at_ms"] for fields in found), default=None),
         missing=tuple(missing),
         left_out=sum(fields["left_out"] for fields in found),
     )

@@ -45,6 +45,8 @@ ALERT_IDS_KEY = "alerts:{desk}"
 RELAY_EVENTS_MAX = 100
 """Events of one MULTI."""
 RELAY_BLOCK_S = 5.0
+CHANGED_AT_ONCE = 1_000
+"""Entries of the desk's stream that are read at once by whoever keeps up with it."""
 
 UNASSIGNED: LogId = (0, 0)
 """Desk id of an event that the desk has not ordered yet: what stands in the desk's own payloads."""
@@ -285,6 +287,29 @@ def _open_alert(known: DeskAlert | None, alert_id: str, now_ms: int) -> DeskAler
     if not known.is_open(now_ms):
         raise AlertRefused(f"alert {alert_id!r}: was closed as {known.outcome or 'cancelled'}, and stays so")
     return known
+
+
+def changed_alert_ids(client: redis.Redis, seen: LogId, head: LogId) -> list[str]:
+    """Alerts that the desk's stream names behind `seen`, up to `head`; each once. Raises redis.RedisError."""
+    alert_ids: dict[str, None] = {}
+    while seen < head:
+        entries = cast(
+            "list[tuple[bytes, dict[bytes, bytes]]]",
+            client.xrange(DESK_KEY, f"({format_id(seen)}", format_id(head), count=CHANGED_AT_ONCE),
+        )
+        if not entries:
+            break
+        for _, fields in entries:
+            try:
+                event = decode_entry(*next(iter(fields.items())))
+            except MalformedEntry:
+                continue  # the relay counts and logs it
+            if isinstance(event, AlertRevision):
+                alert_ids[event.alert.alert_id] = None
+            elif isinstance(event, AlertClose):
+                alert_ids[event.alert_id] = None
+        seen = parse_id(entries[-1][0])
+    return list(alert_ids)
 
 
 def _write_state(state: DeskAlert) -> bytes:

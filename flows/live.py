@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -213,7 +214,7 @@ class _QueuePartition(StatefulSinkPartition[ShardPushes, None]):
             self._writer.submit(caused.raw, caused.pushes, caused.partners)
             notes = caused.notes
             if notes.pings_accepted:
-                self._metrics.count("pings_accepted_total", notes.pings_accepted)
+                self._metrics.count_each("pings_accepted_total", "partner", notes.accepted_by_partner)
             for reason, count in notes.pings_refused.items():
                 self._metrics.count("pings_refused_total", count, reason=reason)
             if notes.undecodable is not None:
@@ -247,6 +248,7 @@ class LiveFlow:
         self._machines: dict[int, ShardMachine] = {}
         self._stopping = threading.Event()
         self._idle_wait_s = config.idle_wait_ms / 1000
+        self._checkpoint_directory = config.checkpoint_directory
         keep_ms = settings.live_window_ms + HOUR_MS
         self.guards = guards = Guards(client, config.unsafe_server, self.metrics, clock)
         open_link = guards.open_link
@@ -370,12 +372,21 @@ class LiveFlow:
         self.checkpointer.set_gauges()
         if self._figures is not None:
             self._figures.set_gauges()
+        self._set_disk_gauges()
         for shard in self._shards:
             self.metrics.gauge("lag_ms", self.reader.lag_ms(shard), shard=str(shard))
         for shard, machine in list(self._machines.items()):
             size = machine.size
             self.metrics.gauge("devices_live", size.located_count, shard=str(shard))
             self.metrics.gauge("table_memory_bytes", size.memory_bytes, shard=str(shard))
+
+    def _set_disk_gauges(self) -> None:
+        try:
+            usage = shutil.disk_usage(self._checkpoint_directory)
+        except OSError:
+            return  # nothing was kept there yet; a disk that fails is the checkpointer's to tell
+        self.metrics.gauge("checkpoint_disk_free_bytes", usage.free)
+        self.metrics.gauge("checkpoint_disk_bytes", usage.total)
 
 
 def _nothing(_shard: int, _log_id: LogId) -> None:

@@ -83,6 +83,8 @@ class ShardNotes:
     pings_accepted: int = 0
     pings_refused: dict[str, int] = field(default_factory=dict)
     undecodable: str | None = None
+    accepted_by_partner: dict[str, int] = field(default_factory=dict)
+    """By partner's name; those without any are not in it."""
 
 
 def decode(raw: RawEntry | Reload) -> Entry | Reload:
@@ -139,9 +141,12 @@ def step(machine: ShardMachine, entry: Entry) -> ShardPushes:
     for reason, count in counters.pings_refused.items():
         if count != refused_before[reason]:
             refused[reason] = count - refused_before[reason]
-    return ShardPushes(
-        raw, pushes, machine.settings.partners, ShardNotes(counters.pings_accepted - accepted_before, refused)
-    )
+    partners = machine.settings.partners
+    accepted, by_partner = counters.pings_accepted - accepted_before, {}
+    if accepted:
+        counts = machine.accepted_by_partner.tolist()
+        by_partner = {name: count for name, count in zip(partners, counts, strict=True) if count}
+    return ShardPushes(raw, pushes, partners, ShardNotes(accepted, refused, accepted_by_partner=by_partner))
 
 
 def build_flow(

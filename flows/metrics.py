@@ -4,11 +4,13 @@ Names and labels are those of Prometheus (https://prometheus.io/docs/practices/n
 unit stands in the name, labels are few and bounded. Each process publishes a snapshot under `stats:<process>` once a
 second; `read_stats` adds the snapshots of all processes up.
 
-    pings_accepted_total                     pings_refused_total{reason}      malformed_entries_total
+    pings_accepted_total{partner}            pings_refused_total{reason}      malformed_entries_total
     pushes_total{partner,kind}               push_entries_total               push_entries_known_total
     push_write_errors_total{shard}           push_link_errors_total           push_drops_total{shard}
     log_read_errors_total                    tick_errors_total{shard}         shard_reloads_total{shard}
-    lag_ms{shard}                            devices_live{shard}              publish_to_queue_ms (histogram)
+    lag_ms{shard}                            devices_live{shard}              table_memory_bytes{shard}
+    publish_to_queue_ms (histogram): publication, edit, close or growth -> its pushes are in the queues
+    ping_to_queue_ms (histogram): a ping that met a ring -> its push is in the queue
     checkpoints_total{shard}                 checkpoint_failures_total{shard} checkpoint_stop_ms (histogram)
     checkpoint_age_ms{shard}                 checkpoint_duration_ms{shard}    checkpoint_bytes{shard}
     checkpoints_damaged_total{shard}         checkpoints_outdated_total{shard} checkpoint_load_ms{shard}
@@ -18,7 +20,9 @@ second; `read_stats` adds the snapshots of all processes up.
     queue_oldest_unacknowledged_ms{partner,shards}    dead_letters_total{partner}    queue_keeper_errors_total
     alarm{kind}: 0 or 1 (`flows.alarms`)     unsafe_server: 0 or 1             clock_offset_ms: server's minus ours
     server_memory_bytes                      server_memory_max_bytes          server_runs_total: runs of the server seen
-    server_restarts_total                    server_disk_free_bytes           (of the embedded server's supervisor)
+    server_restarts_total                    server_disk_free_bytes           server_disk_bytes
+                                             (of the embedded server's supervisor)
+    checkpoint_disk_free_bytes               checkpoint_disk_bytes            (of the disk under a flow's checkpoints)
     aof_rewrites_total                       aof_rewrite_failures_total       aof_rewrite_age_ms (since the last began)
     aof_rewrite_duration_ms                  raw_pings_age_ms: no raw ping in the append-only file is older
     gateway_requests_total{route,status}     gateway_request_ms (histogram)    gateway_faults_total: answers 500
@@ -33,6 +37,7 @@ second; `read_stats` adds the snapshots of all processes up.
     push_watch_errors_total                  webhooks_delivered_to: by this gateway
     webhook_deliveries_total{partner,kind,outcome}: kind push or test; accepted, later, refused, unreachable, gone
     webhook_delivery_ms (histogram)          webhook_down{partner}: 0 or 1     webhook_entries_on_their_way{partner}
+    view_listeners                           view_sample_ms (histogram)       view_errors_total
 """
 
 from __future__ import annotations
@@ -43,7 +48,9 @@ import socket
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import msgpack
@@ -92,6 +99,7 @@ class Metrics:
         self._counters: dict[tuple[str, Labels], float] = {}
         self._gauges: dict[tuple[str, Labels], float] = {}
         self._histograms: dict[str, Histogram] = {}
+        self._started_ms = round(time.time() * 1000)
         self.alarms = AlarmBoard()
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
@@ -99,6 +107,13 @@ class Metrics:
         key = name, tuple(labels.items())
         with self._lock:
             self._counters[key] = self._counters.get(key, 0) + amount
+
+    def count_each(self, name: str, label: str, amounts: Mapping[str, float]) -> None:
+        """Raise a counter for several values of its one label: cheaper than one by one."""
+        with self._lock:
+            for value, amount in amounts.items():
+                key = name, ((label, value),)
+                self._counters[key] = self._counters.get(key, 0) + amount
 
     def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
@@ -119,6 +134,11 @@ class Metrics:
         with self._lock:
             return self._counters.get(key, self._gauges.get(key, 0))
 
+    def total(self, name: str) -> float:
+        """Sum of the counters of this name, whatever their labels."""
+        with self._lock:
+            return sum(number for (key, _), number in self._counters.items() if key == name)
+
     def snapshot(self) -> dict[str, Any]:
         """All numbers, msgpack-ready: counters and gauges as [name, {label: value}, number], histograms by name, alarms
         that are on as [kind, source, words].
@@ -128,6 +148,7 @@ class Metrics:
         with self._lock:
             return {
                 "at_ms": round(time.time() * 1000),
+                "started_ms": self._started_ms,
                 "alarms": [list(alarm) for alarm in alarms],
                 "counters": [[name, dict(labels), number] for (name, labels), number in self._counters.items()],
                 "gauges": [[name, dict(labels), number] for (name, labels), number in self._gauges.items()]
@@ -146,6 +167,21 @@ METRICS = Metrics()
 """Those of this process."""
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessStats:
+    """What one process has published last: for rates, which are made process by process."""
+
+    role: str
+    at_ms: int
+    started_ms: int
+    """Since when it counts; 0: it does not say."""
+    memory_bytes: int
+    """Resident; 0: it does not say."""
+    counters: dict[tuple[str, Labels], float] = field(default_factory=dict)
+    buckets: dict[str, list[int]] = field(default_factory=dict)
+    sums_ms: dict[str, float] = field(default_factory=dict)
+
+
 class Stats:
     """Snapshots of several processes, added up. Two that give the same gauge (a shard that moved): the newer counts."""
 
@@ -157,13 +193,23 @@ class Stats:
         self._counters: dict[tuple[str, Labels], float] = {}
         self._gauges: dict[tuple[str, Labels], float] = {}
         self._buckets: dict[str, list[int]] = {}
+        self.processes: dict[str, ProcessStats] = {}
+        """By name."""
         for snapshot in sorted(snapshots, key=lambda snapshot: cast(int, snapshot["at_ms"])):
             self._add(snapshot)
 
     def _add(self, snapshot: dict[str, Any]) -> None:
-        self.process_count += snapshot.get("role", FLOW) == FLOW
+        process = ProcessStats(
+            role=snapshot.get("role", FLOW),
+            at_ms=snapshot["at_ms"],
+            started_ms=snapshot.get("started_ms", 0),
+            memory_bytes=snapshot.get("memory_bytes", 0),
+        )
+        self.processes[snapshot.get("process", f"process {len(self.processes)}")] = process
+        self.process_count += process.role == FLOW
         for name, labels, number in snapshot["counters"]:
             key = name, tuple(labels.items())
+            process.counters[key] = number
             self._counters[key] = self._counters.get(key, 0) + number
         self.alarms += [Alarm(*alarm) for alarm in snapshot["alarms"]]
         for name, labels, number in snapshot["gauges"]:
@@ -172,6 +218,7 @@ class Stats:
             self._gauges[key] = max(before, number)
         for name, histogram in snapshot["histograms"].items():
             counts = histogram["bucket_counts"]
+            process.buckets[name], process.sums_ms[name] = counts, histogram["sum_ms"]
             before = self._buckets.get(name, [0] * len(counts))
             self._buckets[name] = [old + new for old, new in zip(before, counts, strict=True)]
 
@@ -200,19 +247,50 @@ class Stats:
                     sums[value] = sums.get(value, 0) + number
         return sums
 
+    def gauges(self) -> dict[tuple[str, Labels], float]:
+        """All gauges, by name and labels."""
+        return self._gauges
+
+    def largest_by(self, name: str, label: str) -> dict[str, float]:
+        """The largest of the gauges of this name, by one label's values."""
+        largest: dict[str, float] = {}
+        for (key, given), number in self._gauges.items():
+            value = dict(given).get(label)
+            if key == name and value is not None:
+                largest[value] = max(largest.get(value, number), number)
+        return largest
+
+    def gauge(self, name: str) -> float | None:
+        """The gauge of this name and no labels; None if no process has it."""
+        return self._gauges.get((name, ()))
+
     def quantile_ms(self, name: str, quantile: float) -> float | None:
         """Upper bound of the bucket that holds the quantile; None without observations, infinity beyond the last."""
-        counts = self._buckets.get(name)
-        if counts is None or not sum(counts):
-            return None
-        rank = quantile * sum(counts)
-        seen = 0
-        bound: float
-        for bound, count in zip((*BUCKETS_MS, float("inf")), counts, strict=True):
-            seen += count
-            if seen >= rank and seen:
-                return bound
-        raise AssertionError("the last bucket ends the sum")
+        return quantile_of(self._buckets.get(name, []), quantile)
+
+
+def quantile_of(counts: list[int], quantile: float) -> float | None:
+    """Upper bound in ms of the bucket that holds the quantile; None without observations, infinity beyond the last."""
+    total = sum(counts)
+    if not total:
+        return None
+    rank = quantile * total
+    seen = 0
+    bound: float
+    for bound, count in zip((*BUCKETS_MS, float("inf")), counts, strict=True):
+        seen += count
+        if seen >= rank and seen:
+            return bound
+    raise AssertionError("the last bucket ends the sum")
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; 0 where nobody says."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def process_name() -> str:
@@ -256,7 +334,8 @@ class StatsPublisher:
         """One snapshot, now."""
         try:
             self._before()
-            snapshot = self._metrics.snapshot() | {"role": self._role}
+            more = {"role": self._role, "process": self._name, "memory_bytes": resident_bytes()}
+            snapshot = self._metrics.snapshot() | more
             key, packed, at_ms = f"{STATS_KEY}:{self._name}", msgpack.packb(snapshot), snapshot["at_ms"]
             try:
                 with self._client.pipeline(transaction=False) as pipeline:
@@ -280,9 +359,22 @@ class StatsPublisher:
 
 def read_stats(client: redis.Redis) -> Stats:
     """What all processes have published within the last seconds, added up."""
-    names = cast(list[bytes], client.zrange(STATS_KEY, 0, -1))
+    return _stats_of(client, cast(list[bytes], client.zrange(STATS_KEY, 0, -1)))
+
+
+def _stats_of(client: redis.Redis, names: list[bytes]) -> Stats:
     if not names:
         return Stats()
     keys = [f"{STATS_KEY}:{name.decode()}" for name in names]
     payloads = cast(list[bytes | None], client.mget(keys))
     return Stats(msgpack.unpackb(payload) for payload in payloads if payload is not None)
+
+
+def read_stats_at(client: redis.Redis) -> tuple[Stats, int]:
+    """`read_stats`, and the server's clock at that moment, ms since 1970."""
+    with client.pipeline(transaction=False) as pipeline:
+        pipeline.time()
+        pipeline.zrange(STATS_KEY, 0, -1)
+        (seconds, microseconds), names = pipeline.execute()
+    at_ms = seconds * 1000 + microseconds // 1000
+    return _stats_of(client, names), at_ms

@@ -53,6 +53,8 @@ class Tally:
     kind: str
     partner: U16
     device_count: U32
+    of_pings: bool = False
+    """Pings met a ring, rather than a publication, edit, close or growth the table."""
 
     def __len__(self) -> int:
         return len(self.partner)
@@ -120,7 +122,8 @@ class PushCommands:
         )
         assert numbers.max() <= PUSH_COUNT_MAX, "a log entry causes at most 2^24 - 1 entries a queue"
         self.parts.append(out[:size].data)
-        self.tallies.append(Tally(partners, "alert", pushes.partner, np.diff(pushes.id_stop, prepend=np.uint32(0))))
+        counts = np.diff(pushes.id_stop, prepend=np.uint32(0))
+        self.tallies.append(Tally(partners, "alert", pushes.partner, counts, of_pings=True))
 
     def _command(self, partner: str) -> bytes:
         """The beginning of an XADD to a partner's queue."""

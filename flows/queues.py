@@ -309,7 +309,8 @@ class PushWriter:
             for partner, device_count in devices.items():
                 self._metrics.count("pushes_total", device_count, partner=partner, kind=tally.kind)
             if devices:
-                self._metrics.observe("publish_to_queue_ms", max(0.0, now_ms - caused_ms), sum(devices.values()))
+                name = "ping_to_queue_ms" if tally.of_pings else "publish_to_queue_ms"
+                self._metrics.observe(name, max(0.0, now_ms - caused_ms), sum(devices.values()))
         if block.push_count:
             new_count = sum(is_new[: block.push_count])
             self._metrics.count("push_entries_total", new_count)

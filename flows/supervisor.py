@@ -143,6 +143,7 @@ class Supervisor:
         """What to say of a disk with less room than this; None if it has more."""
         usage = shutil.disk_usage(self._server.directory)
         self._metrics.gauge("server_disk_free_bytes", usage.free)
+        self._metrics.gauge("server_disk_bytes", usage.total)
         if usage.free >= min(least_bytes, least_share * usage.total):
             return None
         return f"{usage.free / 1e6:,.0f} of {usage.total / 1e6:,.0f} MB are free where {self._server.directory} is"

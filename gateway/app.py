@@ -48,6 +48,7 @@ FEATURES = (
     "public",
     "cap",
     "feeds",
+    "view",
 )
 """Modules of this package, in the order in which they are started; they are stopped in the opposite one."""
 

@@ -152,7 +152,8 @@ class Edge:
         caller = state.get("caller")
         route = getattr(scope.get("route"), "path", "-")
         self._gateway.metrics.count("gateway_requests_total", route=route, status=str(status))
-        self._gateway.metrics.observe("gateway_request_ms", duration_s * 1000)
+        if not state.get("endless"):  # a stream says nothing of how fast answers are
+            self._gateway.metrics.observe("gateway_request_ms", duration_s * 1000)
         if access_logger.isEnabledFor(logging.INFO):
             members = {
                 "request_id": state["request_id"],

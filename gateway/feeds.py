@@ -27,10 +27,9 @@ from lxml import etree
 from pydantic import Field
 from starlette.responses import Response
 
-from flows.desk import ALERT_IDS_KEY, DESK_KEY, DeskAlert
-from flows.log import LogId, format_id, last_id, parse_id
+from flows.desk import ALERT_IDS_KEY, DESK_KEY, DeskAlert, changed_alert_ids
+from flows.log import LogId, last_id
 from flows.server import worth_a_line
-from flows.wire import MalformedEntry, decode_entry
 from gateway.alert_models import TIME_MS_MAX, Location, Strict, Time, moment
 from gateway.alert_views import ENDED_SHOWN_MS, ended_at_ms, is_matching
 from gateway.cap import cap_url, is_public, public_words
@@ -53,7 +52,6 @@ WORDS_S = 10.0
 """So often words and pictures are compared, which can change without an event of the desk."""
 FRESH_S = 10.0
 """Feeds that could not be compared with the desk for so long are not given away any more."""
-_STREAM_PAGE = 1_000
 
 ATOM = "http://www.w3.org/2005/Atom"
 TITLE = "团圆 Tuanyuan: children who are looked for"
@@ -345,7 +343,7 @@ class FeedKeeper:
             alert_ids = [raw.decode() for raw in raw_ids]
             self._known.clear()
         else:
-            alert_ids = self._ids_since(self._seen, head)
+            alert_ids = changed_alert_ids(self._client, self._seen, head)
         now_ms = self._desk.now_ms()
         for alert_id in alert_ids:
             self._known.pop(alert_id, None)
@@ -363,27 +361,6 @@ class FeedKeeper:
                 self._changed_ms = max(self._changed_ms, _withdrawn_ms(known))
         self._seen = head
         return True
-
-    def _ids_since(self, seen: LogId, head: LogId) -> list[str]:
-        alert_ids: dict[str, None] = {}
-        while seen < head:
-            entries = cast(
-                "list[tuple[bytes, dict[bytes, bytes]]]",
-                self._client.xrange(DESK_KEY, f"({format_id(seen)}", format_id(head), count=_STREAM_PAGE),
-            )
-            if not entries:
-                break
-            for _, fields in entries:
-                try:
-                    event = decode_entry(*next(iter(fields.items())))
-                except MalformedEntry:
-                    continue  # the relay counts and logs it
-                if isinstance(event, AlertRevision):
-                    alert_ids[event.alert.alert_id] = None
-                elif isinstance(event, AlertClose):
-                    alert_ids[event.alert_id] = None
-            seen = parse_id(entries[-1][0])
-        return list(alert_ids)
 
     def _take_words(self, now_ms: int) -> bool:
         """Read the words of open alerts; whether any are other ones."""
@@ -479,7 +456,8 @@ def matches(if_none_match: str, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def _accepts_gzip(header: str) -> bool:
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding takes gzip."""
     for part in header.lower().split(","):
         coding, _, weight = part.partition(";")
         if coding.strip() in ("gzip", "*"):
@@ -489,7 +467,7 @@ def _accepts_gzip(header: str) -> bool:
 
 def feed_response(request: Request, document: Document, max_age_s: int) -> Response:
     """200 with the bytes, or 304. HEAD: the same without them."""
-    compressed = _accepts_gzip(request.headers.get("accept-encoding", ""))
+    compressed = accepts_gzip(request.headers.get("accept-encoding", ""))
     etag = document.compressed_etag if compressed else document.etag
     headers = {
         "ETag": etag,

@@ -195,7 +195,7 @@ def count_delivered(client: redis.Redis, partner: str, deliveries: Iterable[Deli
     for delivery in deliveries:
         if delivery.delivery_count == 1 and delivery.dead_id is None:
             push = delivery.push
-            key = shard_of(delivery.stream), _field(push.alert_id, partner, push.kind, DELIVERED)
+            key = shard_of(delivery.stream), handed_field(push.alert_id, partner, push.kind, DELIVERED)
             counts[key] = counts.get(key, 0) + len(push.device_ids)
     if not counts:
         return
@@ -214,7 +214,7 @@ def handed_over(client: redis.Redis, shard_count: int, alert_id: str, partners: 
     names = [(partner, kind, what) for partner in partners for kind in KINDS for what in (DELIVERED, ACKNOWLEDGED)]
     if not names:
         return {}
-    fields = [_field(alert_id, *name) for name in names]
+    fields = [handed_field(alert_id, *name) for name in names]
     with client.pipeline(transaction=False) as pipeline:
         for shard in range(shard_count):
             pipeline.hmget(handed_key(shard), cast(Any, fields))
@@ -232,7 +232,7 @@ def handed_over(client: redis.Redis, shard_count: int, alert_id: str, partners: 
 def forget_handed(client: redis.Redis, shard_count: int, alert_id: str, partners: Sequence[str]) -> None:
     """Drop an alert's counts: some time after it was closed, when they are kept elsewhere."""
     fields = [
-        _field(alert_id, partner, kind, what)
+        handed_field(alert_id, partner, kind, what)
         for partner in partners
         for kind in KINDS
         for what in (DELIVERED, ACKNOWLEDGED)
@@ -244,5 +244,6 @@ def forget_handed(client: redis.Redis, shard_count: int, alert_id: str, partners
             pipeline.execute()
 
 
-def _field(alert_id: str, partner: str, kind: str, what: str) -> bytes:
+def handed_field(alert_id: str, partner: str, kind: str, what: str) -> bytes:
+    """The field of `handed_key`; `what`: DELIVERED or ACKNOWLEDGED."""
     return cast(bytes, msgpack.packb([alert_id, partner, kind, what]))

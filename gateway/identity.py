@@ -33,7 +33,12 @@ REFUSALS_PER_S = 1.0
 REFUSALS_BURST = 60.0
 _KEY_HEADER_CHARACTERS_MAX = 256
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
-_WORDS = {"partner": "partners", "officer": "officers", "operator": "operators"}
+_WORDS = {
+    "partner": "partners",
+    "officer": "officers",
+    "operator": "operators",
+    "viewer": "officers and operators",
+}
 
 
 def unknown_caller() -> Problem:
@@ -227,6 +232,18 @@ def operator_caller(
     return cast(Caller[OperatorAccount], _caller(request, "operator"))
 
 
+def viewer_caller(
+    request: Request, _key: Annotated[object, _Documented[0]], _signature: Annotated[object, _Documented[1]]
+) -> Caller[OfficerAccount | OperatorAccount]:
+    """The officer or operator whose request this is. Raises Problem 401, 403 (with a row in the audit log)."""
+    caller = caller_of(request)
+    kind = "officer" if caller is not None and caller.kind == "officer" else "operator"
+    if caller is not None and caller.kind == "partner":
+        raise _refused(request, caller, "viewer")
+    return cast("Caller[OfficerAccount | OperatorAccount]", _caller(request, kind))
+
+
 PartnerDep = Annotated[Caller[PartnerAccount], Depends(partner_caller)]
 OfficerDep = Annotated[Caller[OfficerAccount], Depends(officer_caller)]
 OperatorDep = Annotated[Caller[OperatorAccount], Depends(operator_caller)]
+ViewerDep = Annotated[Caller[OfficerAccount | OperatorAccount], Depends(viewer_caller)]

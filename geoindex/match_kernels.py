@@ -63,6 +63,7 @@ TOO_OLD = 2
 HITS = 3
 SLOW = 4
 PING_COUNTS = 5
+"""Behind them the accepted ones by partner: the ping's partner is at hand, and the sum waits for no memory."""
 
 
 @lean_kernel
@@ -286,7 +287,8 @@ def apply_pings(
 
     at_ms, at_step: the shard clock of ping i is `at_ms[i * at_step]`. No alert event, growth or sweep is due within.
     hit_row, hit_slot, hit_ping: matches, in order: device row, alert slot, position of the ping; counts[HITS] of them.
-    counts: i64[PING_COUNTS], added to. Returns the position of the first ping not applied.
+    counts: i64[PING_COUNTS + partners], added to; the last ones: accepted, by partner.
+    Returns the position of the first ping not applied.
     """
     hits = counts[HITS]
     slots = alerts.zone_mask.shape[2] * 64
@@ -339,6 +341,7 @@ def apply_pings(
         if row < 0 or records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
             row = find(index, records, a, b)
         counts[ACCEPTED] += 1
+        counts[at(PING_COUNTS + partner[at(ping)])] += 1
         if row >= 0:
             record = records[at(row)]
             if record.waiting == 0:

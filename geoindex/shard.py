@@ -95,6 +95,8 @@ class ShardMachine:
         self._scratch = kernels.ping_scratch()
         self._told_as: tuple[ToldAs | None, ...] | None = None
         """What pushes of pings say of their alert, by slot; None: not known, something has changed."""
+        self.accepted_by_partner: I64 = np.zeros(0, np.int64)
+        """Of the last batch of pings: how many were accepted, by partner index. No state: nothing rests on it."""
 
     @property
     def settings(self) -> Settings:
@@ -351,7 +353,7 @@ class ShardMachine:
         # A copy: Numba compiles a kernel anew for a read-only column.
         at_ms = np.array([entry_at_ms], np.int64) if batch.at_ms is None else batch.at_ms.copy()
         at_step = 0 if batch.at_ms is None else 1
-        counts = np.zeros(PING_COUNTS, np.int64)
+        counts = np.zeros(PING_COUNTS + len(self.settings.partners), np.int64)
         row = 0
         if not len(batch):
             yield from self._advance(entry_at_ms)
@@ -432,6 +434,7 @@ class ShardMachine:
 
     def _count(self, counts: I64) -> None:
         self.counters.pings_accepted += int(counts[ACCEPTED])
+        self.accepted_by_partner = counts[PING_COUNTS:]
         self.counters.pings_looked_at_closely += int(counts[SLOW])
         self.counters.pings_refused["from_the_future"] += int(counts[FROM_THE_FUTURE])
         self.counters.pings_refused["too_old"] += int(counts[TOO_OLD])

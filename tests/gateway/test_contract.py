@@ -45,6 +45,8 @@ def _kept_here(case: Any) -> None:
     """Neither a long wait nor a request to somebody else."""
     if case.path == "/v1/pushes" and isinstance(case.query, dict) and "wait" in case.query:
         case.query["wait"] = 0
+    if case.path == "/v1/view/stream":
+        case.query = {"seconds": 0}  # else it would not end
     if case.path.startswith("/v1/webhook") and isinstance(case.body, dict) and isinstance(case.body.get("url"), str):
         case.body["url"] = NOBODY
 
@@ -66,6 +68,7 @@ def test_no_answer_is_a_fault_and_none_contradicts_the_description(app: FastAPI,
             nonlocal asked
             _kept_here(case)
             key = keys.amap if case.path.startswith(PARTNERS_PATHS) else keys.ministry
+            key = keys.operator if case.path == "/metrics" else key
             kwargs = case.as_transport_kwargs(base_url="http://gateway.test")
             response = http.request(
                 kwargs["method"],

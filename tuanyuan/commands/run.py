@@ -142,7 +142,7 @@ def _status(ended: threading.Event) -> None:
     """A line every ten seconds in which something happened."""
     last_pings, last_s = 0.0, time.monotonic()
     while not ended.wait(STATUS_S):
-        pings, now_s = METRICS.value("pings_accepted_total"), time.monotonic()
+        pings, now_s = METRICS.total("pings_accepted_total"), time.monotonic()
         numbers = METRICS.snapshot()
         live = sum(value for name, _, value in numbers["gauges"] if name == "devices_live")
         pushes = sum(value for name, _, value in numbers["counters"] if name == "pushes_total")
