@@ -102,7 +102,7 @@ def _alert(gateway: Gateway, caller: Viewer, alert_id: str) -> DeskAlert:
                 "text/event-stream": {
                     "schema": {"type": "string"},
                     "example": 'event: hello\ndata: {"version":"0.1.0","server_time_ms":1777617000000,"step_s":1,'
-                    '"scope":""}\n\n',
+                    '"scope":"","role":"operator","name":"control room"}\n\n',
                 }
             },
         },
@@ -154,6 +154,8 @@ async def _events(
         "server_time_ms": hub.now_ms(),
         "step_s": round(SAMPLE_S),
         "scope": scope,
+        "role": caller.kind,
+        "name": caller.name,
     }
     sent = Latest()
     yield event_bytes("hello", orjson.dumps(hello)) + _news(hub.latest, sent, scope)

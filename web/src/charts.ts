@@ -164,7 +164,7 @@ class Chart {
         },
         axes: [
           { ...axis, size: 22, space: 70, values: (_, splits) => splits.map((s) => minute(s * 1000)) },
-          { ...axis, size: 52, space: 30, values: (_, splits) => splits.map((value) => quantity(value, this.spec.unit)) },
+          { ...axis, size: 52, space: 30, incrs: INCREMENTS[this.spec.unit], values: (_, splits) => splits.map((value) => quantity(value, this.spec.unit)) },
         ],
         series: [{}, ...names.map((name, index) => ({ label: name, stroke: strokes[index] ?? '', width: many ? 1 : 1.6, points: { show: false }, spanGaps: false }))],
         hooks: { setCursor: [(plot) => this.write(plot.cursor.idx ?? this.series.at.length - 1, this.series.at.length - 1)] },
@@ -209,6 +209,14 @@ class Chart {
   }
 }
 
+const DECIMAL = [...Array(13).keys()].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power))
+/** Between two lines of a grid: round numbers of whatever is counted. */
+const INCREMENTS: Record<Unit, number[]> = {
+  count: DECIMAL,
+  rate: DECIMAL,
+  ms: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 3e4, 6e4, 12e4, 3e5, 6e5, 18e5, 36e5, 72e5, 216e5, 432e5, 864e5],
+  bytes: [...Array(40).keys()].map((power) => 2 ** (power + 10)),
+}
 const LEAST: Record<Unit, number> = { count: 10, rate: 10, ms: 100, bytes: 1 << 20 }
 
 function niceTop(max: number | null, unit: Unit): number {
