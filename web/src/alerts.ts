@@ -183,7 +183,7 @@ export class AlertPanel {
     const isAnother = alert.revision !== this.alert.revision
     const hasMore = alert.told !== this.alert.told || alert.retracted !== this.alert.retracted
     this.alert = alert
-    for (const [name, value] of this.counts) setText(value, phones(alert[name as 'told']))
+    for (const [name, value] of this.counts) setText(value, name === 'retracted' ? '–' : phones(alert[name as 'told']))
     this.tick()
     if (isAnother) void this.askDetails()
     if (hasMore) this.isToldDue = true
@@ -207,7 +207,7 @@ export class AlertPanel {
     setText(this.ring, km(ring.km))
     setText(this.grows, this.alert.state === 'expired' ? t('alerts.expired') : ring.nextMs === null ? t('panel.full') : t('panel.grows', { next: km(ring.nextKm ?? 0), in: countdown(ring.nextMs - nowMs) }))
     const cover = this.map?.coverOf(this.alert.id)
-    setText(this.cover, cover === undefined ? '' : t('panel.cover', { inside: cover.inside.length, edge: cover.edge.length, resolution: cover.resolution }))
+    setText(this.cover, cover === undefined ? '' : t('panel.cover', cover))
     this.writeFacts(nowMs)
     if (this.isToldDue && performance.now() - this.toldMs > TOLD_AGAIN_MS) void this.askTold()
   }
@@ -269,7 +269,7 @@ export class AlertPanel {
         'table',
         { class: 'partners' },
         h('thead', {}, h('tr', {}, ...(['partner', 'told', 'delivered', 'acknowledged', 'retracted'] as const).map((name) => h('th', { scope: 'col', t: `count.${name}` })))),
-        h('tbody', {}, ...partners.map((row) => h('tr', {}, h('th', { scope: 'row' }, row.partner), ...[row.told, row.delivered, row.acknowledged, row.retracted].map((value) => h('td', { class: 'number' }, known(value)))))),
+        h('tbody', {}, ...partners.map((row) => h('tr', {}, h('th', { scope: 'row' }, row.partner), ...[row.told, row.delivered, row.acknowledged, details.state === 'closed' ? row.retracted : null].map((value) => h('td', { class: 'number' }, known(value)))))),
       ),
     )
   }

@@ -156,7 +156,7 @@ class Chart {
         tzDate: (s) => uPlot.tzDate(new Date(s * 1000), ZONE),
         legend: { show: false },
         cursor: { sync: { key: SYNC.key }, drag: { x: false, y: false }, points: { size: 6 }, y: false },
-        padding: [6, 6, 0, 0],
+        padding: [6, 16, 0, 0],
         scales: {
           x: { time: true, auto: false },
           // Nothing is zoomed into: a line along the ground is one.
@@ -166,7 +166,7 @@ class Chart {
           { ...axis, size: 22, space: 70, values: (_, splits) => splits.map((s) => minute(s * 1000)) },
           { ...axis, size: 52, space: 30, incrs: INCREMENTS[this.spec.unit], values: (_, splits) => splits.map((value) => quantity(value, this.spec.unit)) },
         ],
-        series: [{}, ...names.map((name, index) => ({ label: name, stroke: strokes[index] ?? '', width: many ? 1 : 1.6, points: { show: false }, spanGaps: false }))],
+        series: [{}, ...names.map((name, index) => ({ label: name, stroke: strokes[index] ?? '', width: many ? 1 : 1.6, points: { show: true, size: 5, filter: lonely }, spanGaps: false }))],
         hooks: { setCursor: [(plot) => this.write(plot.cursor.idx ?? this.series.at.length - 1, this.series.at.length - 1)] },
       },
       [[], ...names.map(() => [])],
@@ -221,6 +221,13 @@ const LEAST: Record<Unit, number> = { count: 10, rate: 10, ms: 100, bytes: 1 << 
 
 function niceTop(max: number | null, unit: Unit): number {
   return Math.max(LEAST[unit], (max ?? 0) * 1.08)
+}
+
+/** Points that no line reaches, for nothing is known before and after them. */
+function lonely(plot: uPlot, index: number): number[] {
+  const column = plot.data[index] ?? []
+  const isKnown = (at: number): boolean => typeof column[at] === 'number'
+  return [...column.keys()].filter((at) => isKnown(at) && !isKnown(at - 1) && !isKnown(at + 1))
 }
 
 function seriesName(name: string, spec: Spec): string {
@@ -315,7 +322,7 @@ export class ToldChart {
         tzDate: (s) => uPlot.tzDate(new Date(s * 1000), ZONE),
         legend: { show: false },
         cursor: { show: false },
-        padding: [8, 8, 0, 0],
+        padding: [8, 16, 0, 0],
         scales: { x: { time: true }, y: { range: (_, __, max) => [0, niceTop(max, 'count')] } },
         axes: [
           { ...axis, size: 22, space: 70, values: (_, splits) => splits.map((s) => minute(s * 1000)) },

@@ -1,7 +1,7 @@
 // Circles and H3 cells as polygons of the map. Longitudes go on beyond 180 where a shape crosses the antimeridian.
 
-import { cellToBoundary } from 'h3-js'
-import type { Feature, MultiLineString, Polygon, Position } from 'geojson'
+import { cellsToMultiPolygon, cellToBoundary, uncompactCells } from 'h3-js'
+import type { Feature, Geometry, MultiLineString, Polygon, Position } from 'geojson'
 
 /** H3's own sphere. */
 const EARTH_KM = 6371.0088
@@ -67,4 +67,25 @@ export function coast(rings: Position[][]): MultiLineString {
     if (line.length > 1) lines.push(line)
   }
   return { type: 'MultiLineString', coordinates: lines }
+}
+
+/** Cells of one resolution, of compacted ones. */
+export function uncompacted(cells: string[], resolution: number): string[] {
+  return uncompactCells(cells, resolution)
+}
+
+/** The area of cells of one resolution as one shape: drawn one by one, they would overlap and leave slivers. */
+export function union(cells: string[]): Geometry {
+  const polygons = cellsToMultiPolygon(cells, true).map((loops) =>
+    loops.map((loop) => {
+      let before: number | undefined
+      return loop.map(([lng = 0, lat = 0]): Position => {
+        let along = lng
+        if (before !== undefined) along += 360 * Math.round((before - lng) / 360)
+        before = along
+        return [along, lat]
+      })
+    }),
+  )
+  return { type: 'MultiPolygon', coordinates: polygons }
 }

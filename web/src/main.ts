@@ -8,7 +8,7 @@ import { Charts } from './charts'
 import { Desk } from './desk'
 import { announce, announcers, h, newId, setText } from './dom'
 import { AlertForm } from './form'
-import { clock, count, day, duration, km, moment, ms, short } from './format'
+import { clock, count, day, duration, km, minute, moment, ms, short } from './format'
 import { MapView } from './map'
 import { wordsOf } from './problems'
 import { ringOf } from './rings'
@@ -133,6 +133,7 @@ class Page {
   private readonly hover = h('span', { class: 'muted' })
   private readonly version = h('span', {})
   private readonly tiles = new Map<string, HTMLElement>()
+  private lastPublish: { value: number; atMs: number } | null = null
 
   constructor(key: string) {
     this.api = new Api(key)
@@ -146,7 +147,7 @@ class Page {
     this.showSide()
     onLanguage(() => this.rewrite())
     applyWords(document)
-    this.connection('connecting')
+    setText(this.chip, t('connection.connecting'))
     this.stream = new Stream(this.api.headers(), {
       event: (name, data) => this.event(name, data),
       connection: (state) => this.connection(state),
@@ -312,6 +313,17 @@ class Page {
       if (tile?.firstElementChild instanceof HTMLElement) setText(tile.firstElementChild, value(event, this.alerts))
       if (tile !== undefined) tile.dataset['state'] = state?.(event) ?? ''
     }
+    this.writePublish(event)
+  }
+
+  /** Seldom is anything published: then the last figure stands, with its time. */
+  private writePublish(event: FiguresEvent): void {
+    const value = event.figures['publish_to_queue_p99_ms']
+    if (value !== undefined) this.lastPublish = { value, atMs: event.at_ms }
+    const tile = this.tiles.get('publish')
+    if (this.lastPublish === null || !(tile?.firstElementChild instanceof HTMLElement)) return
+    const { value: last, atMs } = this.lastPublish
+    setText(tile.firstElementChild, value === undefined ? `${ms(last)} (${minute(atMs)})` : ms(last))
   }
 
   private takeAlerts(alerts: ViewAlert[]): void {
@@ -431,7 +443,8 @@ class Page {
     this.banner.hidden = this.state !== 'lost'
     if (this.state !== 'lost') return
     const at = this.lastFigures?.at_ms
-    setText(this.banner, at === undefined ? t('banner.never') : t('banner.lost', { at: clock(at), age: duration(this.nowMs() - at) }))
+    const key = this.stream.isHeard() ? 'banner.silent' : 'banner.lost'
+    setText(this.banner, at === undefined ? t('banner.never') : t(key, { at: clock(at), age: duration(this.nowMs() - at) }))
   }
 
   private writeAccount(): void {

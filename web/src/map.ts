@@ -12,7 +12,7 @@ import type { Topology } from 'topojson-specification'
 import landUrl from 'world-atlas/land-50m.json?url'
 import { h, setText } from './dom'
 import { count, countdown, km } from './format'
-import { cellRing, circle, coast, polygon } from './geo'
+import { cellRing, circle, coast, polygon, uncompacted, union } from './geo'
 import { ringAt, ringOf, type RingNow } from './rings'
 import { colour, onTheme, stillness } from './theme'
 import type { AlertCover, DensityMap, Place, Schedule, ViewAlert } from './types'
@@ -49,6 +49,13 @@ interface Shown {
   label: HTMLSpanElement
 }
 
+interface Cover {
+  cover: AlertCover
+  /** Of one resolution. */
+  inside: string[]
+  area: Geometry | null
+}
+
 function collection(features: Feature<Geometry>[]): FeatureCollection {
   return { type: 'FeatureCollection', features }
 }
@@ -77,7 +84,7 @@ function style(): StyleSpecification {
         paint: {
           'fill-antialias': false,
           'fill-color': ['interpolate', ['linear'], ['get', 'level'], 1.3, colour('density-low'), 3.2, colour('density-mid'), 5.2, colour('density-high')],
-          'fill-opacity': ['interpolate', ['linear'], ['get', 'level'], 1.3, 0.45, 5.2, 0.9],
+          'fill-opacity': ['interpolate', ['linear'], ['get', 'level'], 1.3, 0.7, 5.2, 0.95],
         },
       },
       { id: 'coast', type: 'line', source: 'coast', paint: { 'line-color': colour('coast'), 'line-width': 1 } },
@@ -90,12 +97,12 @@ function style(): StyleSpecification {
         paint: { 'fill-color': hue, 'fill-opacity': ['case', isSelected, 0.26, 0.13], 'fill-antialias': false },
       },
       {
-        id: 'cover-inside-line',
+        id: 'cover-cells',
         type: 'line',
         source: 'covers',
-        minzoom: COVER_ZOOM_MIN + 2,
-        filter: kind('inside'),
-        paint: { 'line-color': hue, 'line-width': 0.6, 'line-opacity': 0.35 },
+        minzoom: COVER_ZOOM_MIN + 1.5,
+        filter: kind('cell'),
+        paint: { 'line-color': hue, 'line-width': 0.5, 'line-opacity': 0.4 },
       },
       {
         id: 'cover-edge',
@@ -145,7 +152,7 @@ export class MapView {
   private readonly map: maplibre.Map
   private readonly ready: Promise<void>
   private readonly shown = new Map<string, Shown>()
-  private readonly covers = new Map<string, AlertCover>()
+  private readonly covers = new Map<string, Cover>()
   private readonly data = new Map<SourceName, FeatureCollection>()
   private readonly dirty = new Set<SourceName>()
   private selected: string | null = null
@@ -226,13 +233,19 @@ export class MapView {
   }
 
   setCover(cover: AlertCover): void {
-    if (!this.shown.has(cover.alert_id)) return
-    this.covers.set(cover.alert_id, cover)
+    const alert = this.shown.get(cover.alert_id)?.alert
+    if (alert === undefined) return
+    const inside = uncompacted(cover.inside, cover.resolution)
+    // A shape that goes around a pole cannot be drawn flat as one: its cells can.
+    const isPolar = Math.abs(alert.location.lat) + cover.ring_km / 111 > 85
+    this.covers.set(cover.alert_id, { cover, inside, area: isPolar || inside.length === 0 ? null : union(inside) })
     this.put('covers', null)
   }
 
-  coverOf(id: string): AlertCover | undefined {
-    return this.covers.get(id)
+  /** How many cells are inside of an alert's ring, and how many at its edge. */
+  coverOf(id: string): { inside: number; edge: number; resolution: number } | undefined {
+    const known = this.covers.get(id)
+    return known && { inside: known.inside.length, edge: known.cover.edge.length, resolution: known.cover.resolution }
   }
 
   select(id: string | null): void {
@@ -409,12 +422,15 @@ export class MapView {
   }
 
   private coverFeatures(): Feature[] {
-    return [...this.covers.values()].flatMap((cover) => {
+    return [...this.covers.values()].flatMap(({ cover, inside, area }) => {
       const status = this.shown.get(cover.alert_id)?.alert.status ?? 'actual'
-      const about = { id: cover.alert_id, status, selected: cover.alert_id === this.selected }
+      const isSelected = cover.alert_id === this.selected
+      const about = { id: cover.alert_id, status, selected: isSelected }
+      const cells = (names: string[], kind: string): Feature[] => names.map((cell) => polygon(cellRing(cell), { ...about, kind }))
       return [
-        ...cover.inside.map((cell) => polygon(cellRing(cell), { ...about, kind: 'inside' })),
-        ...cover.edge.map((cell) => polygon(cellRing(cell), { ...about, kind: 'edge' })),
+        ...(area === null ? cells(inside, 'inside') : [{ type: 'Feature' as const, properties: { ...about, kind: 'inside' }, geometry: area }]),
+        ...(isSelected ? cells(inside, 'cell') : []),
+        ...cells(cover.edge, 'edge'),
       ]
     })
   }

@@ -26,6 +26,7 @@ export class Stream {
   private abort: AbortController | null = null
   private wake: (() => void) | null = null
   private stopped = false
+  private hasAnswered = false
   private readonly timer: number
 
   constructor(
@@ -37,6 +38,11 @@ export class Stream {
     window.addEventListener('online', this.hurry)
     window.addEventListener('pageshow', this.hurry)
     void this.run()
+  }
+
+  /** Whether the gateway is there, whatever it says. */
+  isHeard(): boolean {
+    return this.abort !== null && performance.now() - this.bytesMs < LOST_AFTER_MS && this.hasAnswered
   }
 
   stop(): void {
@@ -103,11 +109,13 @@ export class Stream {
   private async listen(): Promise<void> {
     const abort = (this.abort = new AbortController())
     this.bytesMs = performance.now()
+    this.hasAnswered = false
     try {
       const headers = { ...this.headers, Accept: 'text/event-stream' }
       const answer = await fetch('/v1/view/stream', { headers, cache: 'no-store', signal: abort.signal })
       if (!answer.ok) throw await Refusal.of(answer)
       if (answer.body === null) return
+      this.hasAnswered = true
       const reader = answer.body.getReader()
       const decoder = new TextDecoder()
       let rest = ''
