@@ -21,7 +21,7 @@ YAML_RULES = '{extends: default, rules: {document-start: disable, line-length: {
 SHELL_SCRIPTS = scripts/find-python scripts/make-venv .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate soak fuzz check format lock image-steps clean distclean ask-python
+.PHONY: help setup demo test page screenshots simulate soak fuzz check format lock image-steps clean distclean ask-python
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,13 @@ test: $(VENV)/.dev ## Run the tests
 
 soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at full size: about 25 minutes, alone on the machine
 	@$(BIN)/tuanyuan soak $(SOAK_ARGS)
+
+page: ## Build the operator's page from web/ into gateway/page: needs Node 20 or later, and npm
+	@cd web && npm ci --no-fund --no-audit && npm run build
+
+screenshots: $(VENV)/.dev ## Make the pictures of the operator's page in docs/images: needs Chromium, about 5 minutes
+	@$(BIN)/tuanyuan warmup
+	@$(BIN)/python -m scripts.screenshots
 
 simulate: $(VENV)/.run ## Play SEEDS=1000 small worlds full of faults against the oracles
 	@$(BIN)/tuanyuan simulate --seeds $(SEEDS)

@@ -55,7 +55,7 @@ class PageFile:
 
     @classmethod
     def of(cls, name: str, compressed: bytes, cache_control: str) -> PageFile:
-        """`name`: that of the file itself, without `.gz`. Raises KeyError for a kind of file that a page does not have."""
+        """`name`: that of the file itself, without `.gz`. Raises KeyError for another kind of file."""
         digest = hashlib.sha256(compressed).hexdigest()[:32]
         return cls(compressed, digest, MEDIA_TYPES[Path(name).suffix], cache_control)
 

@@ -1,6 +1,6 @@
 """A whole small deployment on this machine, for tests of the page and for its pictures: server, flow, gateway, phones.
 
-    phones ──Client──> gateway ──> logs ──> flow ──> queues        officer, operator ──> the page
+phones ──Client──> gateway ──> logs ──> flow ──> queues        officer, operator ──> the page
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class SmallDeployment:
 
     @contextlib.contextmanager
     def phones(self, world: World, pings_per_s: int = 0) -> Iterator[None]:
-        """Each phone of the world is seen once, and then so many pings a second go on in a thread, and pushes are taken."""
+        """Each phone of the world is seen once; then so many pings a second come, and pushes are taken, in threads."""
         clients = [
             Client(self.url, self.accounts.add_partner(name, requests_per_s=1_000.0).text)
             for name in world.partner_names

@@ -116,4 +116,3 @@ def open_page(browser: Browser, deployment: SmallDeployment) -> Iterator[Opener]
         errors = [error for error in watched.errors if not (loses_server and "net::ERR_" in error)]
         assert errors == []
         assert watched.hosts <= {urlsplit(deployment.url).netloc}
-
