@@ -213,7 +213,7 @@ def test_key_that_opens_nothing_here_is_refused_in_words(
     open_page: Opener, deployment: SmallDeployment, kind: str
 ) -> None:
     key = "ty_wrong" if kind == "wrong" else deployment.accounts.add_partner("page-test").text
-    page = open_page(key, loses_server=True)  # the console names the 401
+    page = open_page(key, may_fail=True)
     words = "not accepted" if kind == "wrong" else "a partner’s key"
     expect(page.get_by_test_id("sign-in-problem")).to_contain_text(words)
 
@@ -286,7 +286,7 @@ def test_click_on_the_map_drops_the_pin(open_page: Opener, officer_key: str) -> 
 
 
 def test_what_is_wrong_stands_beside_its_field(open_page: Opener, officer_key: str) -> None:
-    page = live(open_page(officer_key, locale="zh-CN", loses_server=True))  # the console names the 422
+    page = live(open_page(officer_key, locale="zh-CN", may_fail=True))
     page.get_by_test_id("desk-new").click()
     fill(page, location__lat="95", location__lng="104.06", child__age="18")
     page.get_by_test_id("desk-submit").click()
@@ -313,7 +313,7 @@ def test_what_is_wrong_stands_beside_its_field(open_page: Opener, officer_key: s
 def test_loss_of_the_server_is_shown_within_3_s_and_ends_by_itself(
     open_page: Opener, officer_key: str, deployment: SmallDeployment
 ) -> None:
-    page = open_page(loses_server=True)
+    page = open_page(may_fail=True)
     page.clock.install()  # the page's own clock: this machine's, until it is stopped
     page.get_by_test_id("key").fill(officer_key)
     page.get_by_test_id("sign-in").click()

@@ -155,7 +155,7 @@ export class AlertPanel {
     )
     if (this.desk === null) return
     const withDetails = (act: (details: AlertDetails) => void) => () => void this.askDetails().then((details) => details !== null && act(details))
-    const picture = h('input', { type: 'file', accept: 'image/jpeg,image/png,image/webp', class: 'unseen', id: 'picture', tabindex: '-1' })
+    const picture = h('input', { type: 'file', accept: 'image/jpeg,image/png,image/webp', class: 'unseen', label: 'panel.photo', tabindex: '-1' })
     picture.addEventListener('change', () => {
       const file = picture.files?.[0]
       if (file !== undefined) void this.sendPicture(file)

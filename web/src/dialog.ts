@@ -23,10 +23,11 @@ export function askFirst(question: Question): { done: Promise<boolean>; enable: 
   }
   const yes = h('button', { type: 'submit', class: 'primary', t: question.confirm, 'data-testid': `${question.id}-yes` })
   const no = h('button', { type: 'button', t: 'dialog.no', 'data-testid': `${question.id}-no` })
+  const title = h('h2', { id: titleId, tabindex: '-1', t: question.title })
   const form = h(
     'form',
     { method: 'dialog' },
-    h('h2', { id: titleId, t: question.title }),
+    title,
     ...question.body,
     problem,
     h('div', { class: 'actions' }, no, yes),
@@ -65,5 +66,10 @@ export function askFirst(question: Question): { done: Promise<boolean>; enable: 
   })
   dialog.showModal()
   yes.focus()
-  return { done, enable: (on) => (yes.disabled = !on) }
+  const enable = (on: boolean): void => {
+    yes.disabled = !on
+    if (!on) title.focus()
+    else if (document.activeElement === title) yes.focus()
+  }
+  return { done, enable }
 }
