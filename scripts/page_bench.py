@@ -217,6 +217,7 @@ def renderer(page: Page) -> str:
 
 
 def metrics(session: CDPSession) -> dict[str, float]:
+    """Chromium's own, by name."""
     return {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
 
 
@@ -262,6 +263,7 @@ def measure_memory(page: Page, session: CDPSession, stand_in: StandIn, hours: fl
 
 
 def nodes(session: CDPSession) -> int:
+    """Of the document, and of what was taken out of it and is still held."""
     return int(metrics(session)["Nodes"])
 
 
