@@ -381,10 +381,13 @@ class LiveFlow:
             self.metrics.gauge("table_memory_bytes", size.memory_bytes, shard=str(shard))
 
     def _set_disk_gauges(self) -> None:
+        folder = self._checkpoint_directory.absolute()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent  # nothing was kept there yet
         try:
-            usage = shutil.disk_usage(self._checkpoint_directory)
+            usage = shutil.disk_usage(folder)
         except OSError:
-            return  # nothing was kept there yet; a disk that fails is the checkpointer's to tell
+            return  # a disk that fails is the checkpointer's to tell
         self.metrics.gauge("checkpoint_disk_free_bytes", usage.free)
         self.metrics.gauge("checkpoint_disk_bytes", usage.total)
 

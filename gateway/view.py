@@ -42,7 +42,7 @@ from gateway.view_hub import SAMPLE_S, Latest, Listener, ViewHub
 from gateway.view_hub import start as start
 from gateway.view_map import Document
 from gateway.view_metrics import exposition
-from gateway.view_models import AlertCover, DensityMap, HistoryAnswer, ToldOverTime, event_schemas
+from gateway.view_models import EVENTS, AlertCover, DensityMap, HistoryAnswer, ToldOverTime, event_schemas
 
 __all__ = ["router", "start"]
 
@@ -51,7 +51,7 @@ WAIT_S = 0.25
 KEY_CHECKED_EVERY_S = 10.0
 """A stream whose key is not valid any more ends within this time."""
 
-router = APIRouter(tags=["view"], responses=responses(401, 403))
+router = APIRouter(tags=["view"], responses=responses(400, 401, 403))
 Viewer = Caller[OfficerAccount | OperatorAccount]
 AlertIdPath = Annotated[
     str, Path(min_length=1, max_length=ALERT_ID_CHARS_MAX, description="The alert's id.", examples=["a-7k3f9x2m4q"])
@@ -86,6 +86,17 @@ def _alert(gateway: Gateway, caller: Viewer, alert_id: str) -> DeskAlert:
     return known
 
 
+EVENT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": list(EVENTS)},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+"""Of each event, field by field."""
+
+
 # --- the stream -------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +111,7 @@ def _alert(gateway: Gateway, caller: Viewer, alert_id: str) -> DeskAlert:
             "stands under `x-events`.",
             "content": {
                 "text/event-stream": {
-                    "schema": {"type": "string"},
+                    "schema": EVENT_SCHEMA,
                     "example": 'event: hello\ndata: {"version":"0.1.0","server_time_ms":1777617000000,"step_s":1,'
                     '"scope":"","role":"operator","name":"control room"}\n\n',
                 }

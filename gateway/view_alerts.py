@@ -19,7 +19,7 @@ import msgpack
 import orjson
 import redis
 
-from flows.desk import ALERT_IDS_KEY, DESK_KEY, DeskAlert, changed_alert_ids
+from flows.desk import ALERT_IDS_KEY, DESK_KEY, Desk, DeskAlert, changed_alert_ids
 from flows.log import LogId, last_id
 from flows.tallies import tally_key
 from gateway.alert_models import TIME_MS_MAX, moment
@@ -28,7 +28,6 @@ from gateway.cases import read_cases
 from gateway.handover import ACKNOWLEDGED, DELIVERED, handed_field, handed_key
 from gateway.jurisdiction import MINISTRY
 from gateway.phone_counts import shown_count
-from gateway.runtime import Gateway
 from geoindex.entries import Settings
 
 logger = logging.getLogger(__name__)
@@ -72,9 +71,9 @@ class _Known:
 class OpenAlerts:
     """The open alerts, kept up with the desk by whoever calls. One thread at a time."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._client = gateway.client
+    def __init__(self, client: redis.Redis, desk: Desk) -> None:
+        self._client = client
+        self._desk = desk
         self._seen: LogId | None = None
         """Of the desk's stream; None: nothing was read yet."""
         self._known: dict[str, _Known] = {}
@@ -97,7 +96,7 @@ class OpenAlerts:
             del self._known[alert_id]
 
     def _take(self, alert_ids: list[str], now_ms: int) -> None:
-        found = {alert_id: self._gateway.desk.show(alert_id) for alert_id in alert_ids}
+        found = {alert_id: self._desk.show(alert_id) for alert_id in alert_ids}
         followed = [name for name, desk in found.items() if desk is not None and _is_followed(desk, now_ms)]
         for alert_id, case in zip(followed, read_cases(self._client, followed), strict=True):
             desk = cast(DeskAlert, found[alert_id])
@@ -196,11 +195,15 @@ class OpenAlerts:
         for alert_id, now in changed.items():
             self._known[alert_id].recorded = now
 
-    def alerts_json(self, now_ms: int) -> list[tuple[str, bytes]]:
-        """Each open alert's division and its JSON object, the last published first."""
+    def views(self, now_ms: int) -> list[tuple[str, dict[str, Any]]]:
+        """Each open alert's division and its view, the last published first."""
         shown = [known for known in self._known.values() if known.desk.is_open(now_ms)]
         shown.sort(key=lambda known: (-known.desk.published_at_ms, known.desk.alert.alert_id))
-        return [(known.division, orjson.dumps(alert_view(known.desk, known.counted, now_ms))) for known in shown]
+        return [(known.division, alert_view(known.desk, known.counted, now_ms)) for known in shown]
+
+    def alerts_json(self, now_ms: int) -> list[tuple[str, bytes]]:
+        """`views` as JSON objects."""
+        return [(division, orjson.dumps(view)) for division, view in self.views(now_ms)]
 
 
 def _is_followed(desk: DeskAlert, now_ms: int) -> bool:

@@ -44,7 +44,7 @@ def write_step(client: redis.Redis, step_ms: int, figures: Mapping[str, float]) 
     with client.pipeline(transaction=True) as pipeline:
         pipeline.hsetnx(NAMES_KEY, cast(Any, digest), cast(Any, packed_names))
         fields = {b"n": digest, b"v": values}
-        pipeline.xadd(HISTORY_KEY, cast(Any, fields), id=f"{step_ms}-1", minid=step_ms - KEPT_MS)
+        pipeline.xadd(HISTORY_KEY, cast(Any, fields), id=f"{step_ms}-1", minid=step_ms - KEPT_MS, approximate=False)
         _, written = pipeline.execute(raise_on_error=False)
     if isinstance(written, redis.RedisError):
         if _TOO_SMALL in str(written):

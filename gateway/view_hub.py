@@ -81,7 +81,7 @@ class ViewHub:
         self._gateway = gateway
         self._client = gateway.client
         self._clock = gateway.clock
-        self._alerts = OpenAlerts(gateway)
+        self._alerts = OpenAlerts(gateway.client, gateway.desk)
         self.maps = DelayedMaps()
         self.history = History(gateway.client)
         self.counters = CounterSums()

@@ -103,7 +103,7 @@ class DensityMap(Strict):
 
     at_ms: Ms | None = Field(description="When the oldest of the counts began; null: nothing may be shown yet.")
     resolution: int = Field(description="Of the cells.", examples=[4])
-    cells: list[tuple[H3Cell, int]] = Field(
+    cells: list[Annotated[list[H3Cell | int], Field(min_length=2, max_length=2)]] = Field(
         description="Cells and phones in tens; cells with fewer than 20 are left out.",
         examples=[[["8431aabffffffff", 4320]]],
     )

@@ -18,6 +18,7 @@ _NO_KERNELS = {
     "--help",
     "warmup",
     "health",
+    "top",
     "alert",
     "pull",
     "dead-letters",
@@ -66,9 +67,10 @@ def _add_commands() -> None:
         serve,
         simulate,
         soak,
+        top,
     )
 
-    for module in (match, run, serve, send, pull, audit, demo, health, retention, bench, simulate, soak):
+    for module in (match, run, serve, send, pull, audit, demo, health, top, retention, bench, simulate, soak):
         name = module.__name__.rpartition(".")[2]
         app.command(name, epilog=module.EPILOG)(getattr(module, name))
     app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)

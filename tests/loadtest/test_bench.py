@@ -40,6 +40,7 @@ KEYS = {
     "audit": {"pings_per_s", "ns_per_ping", "pushes"},
     "gateway": {"json_pings_per_s", "columns_pings_per_cpu_s", "small_request_p99_ms", "worst_body_mb_max"},
     "figures": {"cpu_share_of_density", "stop_ms_max", "stop_us_median", "read_ms", "circle_ms"},
+    "view": {"gateway_cpu_percent_without_page", "view_sample_ms_p50", "stream_bytes_per_s", "map_bytes"},
     "peers": {"min_ratio", "ratios"},
 }
 

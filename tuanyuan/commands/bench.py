@@ -53,6 +53,7 @@ class Benchmark(StrEnum):
     AUDIT = "audit"
     GATEWAY = "gateway"
     FIGURES = "figures"
+    VIEW = "view"
     PEERS = "peers"
     ALL = "all"
 
@@ -89,7 +90,7 @@ def bench(
         float | None,
         typer.Option(
             min=0.1,
-            help="How long: kernel, sustained, latency, idle, gateway; recovery: how much log.",
+            help="How long: kernel, sustained, latency, idle, gateway, view; recovery: how much log.",
             show_default=False,
         ),
     ] = None,
@@ -227,6 +228,12 @@ def _figures(wanted: Wanted) -> Report:
     return figures.measure(wanted.size(10 * MILLION, 20_000), pings, wanted.times(5, 1), note)
 
 
+def _view(wanted: Wanted) -> Report:
+    from loadtest.bench import view
+
+    return view.measure(wanted.size(10 * MILLION, 20_000), wanted.seconds or wanted.chosen(60.0, 2.0), note)
+
+
 def _peers(wanted: Wanted) -> Report:
     from loadtest.bench import peers
 
@@ -249,6 +256,7 @@ RUNS: dict[Benchmark, Callable[[Wanted], Report]] = {
     Benchmark.AUDIT: _audit,
     Benchmark.GATEWAY: _gateway,
     Benchmark.FIGURES: _figures,
+    Benchmark.VIEW: _view,
     Benchmark.PEERS: _peers,
 }
 
