@@ -158,7 +158,8 @@ export class Desk {
       return await this.api.ask<Receipt>(path, { method, json, headers })
     } catch (refusal) {
       if (!(refusal instanceof Refusal)) throw refusal
-      const isUnknown = refusal.status === 0 || refusal.type === 'server-away'
+      // A proxy's 502 or 504 has no type of ours.
+      const isUnknown = refusal.status === 0 || refusal.type === 'server-away' || (refusal.status >= 502 && refusal.type === '')
       const words = isUnknown ? t('problem.unknown_whether') : wordsOf(refusal)
       if (!isUnknown) form?.showFaults(refusal.errors, words)
       throw new Error(words)

@@ -31,7 +31,7 @@ export function circle(lat: number, lng: number, radiusKm: number, points = 160)
 }
 
 const boundaries = new Map<string, Position[]>()
-const BOUNDARIES_MAX = 60_000
+const BOUNDARIES_MAX = 40_000
 
 /** A cell's corners, closed. Kept: the same cells come again every minute. */
 export function cellRing(cell: string): Position[] {

@@ -21,6 +21,8 @@ import { applyWords, currentLanguage, onLanguage, setLanguage, t, type Key } fro
 const COVERS_AT_ONCE = 4
 const MAP_OLD_MS = 4 * 60_000
 const RELOADED = 'tuanyuan.reloaded'
+const REFUSED = 'tuanyuan.refused'
+const CLOCK_OFF_MS = 3_000
 const NOTICES = '/third-party-notices.txt'
 
 // --- signing in -------------------------------------------------------------------------------------------------------
@@ -293,6 +295,11 @@ class Page {
 
   private takeFigures(event: FiguresEvent): void {
     this.lastFigures = event
+    if (Math.abs(event.at_ms - this.nowMs()) > CLOCK_OFF_MS) {
+      // The machine slept, and the connection outlived it.
+      this.serverMs = event.at_ms
+      this.serverAt = performance.now()
+    }
     this.charts.add(event)
     this.writeFigures()
     const shown = event.alarms.map(({ kind, source, words }) => h('li', {}, h('b', {}, source === '' ? kind : `${kind} ${source}`), ' ', words))
@@ -475,8 +482,9 @@ class Page {
     window.clearInterval(this.timer)
     dropKey()
     AlertForm.dropDraft()
-    if (words === '') location.reload()
-    else signIn(words)
+    // Loaded anew: nothing of what was shown stays in memory.
+    if (words !== '') sessionStorage.setItem(REFUSED, words)
+    location.reload()
   }
 }
 
@@ -486,5 +494,7 @@ window.addEventListener('hashchange', () => {
   if (location.hash.startsWith('#key=') && takeKey() !== null) location.reload()
 })
 const key = takeKey()
-if (key === null) signIn('')
-else new Page(key)
+if (key === null) {
+  signIn(sessionStorage.getItem(REFUSED) ?? '')
+  sessionStorage.removeItem(REFUSED)
+} else new Page(key)

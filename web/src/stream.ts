@@ -16,12 +16,14 @@ export interface StreamHandlers {
 const LOST_AFTER_MS = 2_500
 const ABANDON_AFTER_MS = 5_000
 const LOOK_MS = 250
+const SLEPT_MS = 3_000
 const RETRY_MS = [300, 600, 1_200, 2_400, 5_000] as const
 
 export class Stream {
   private state: Connection = 'connecting'
   private heardMs = performance.now()
   private bytesMs = performance.now()
+  private offsetMs = Date.now() - performance.now()
   private failures = 0
   private abort: AbortController | null = null
   private wake: (() => void) | null = null
@@ -66,6 +68,13 @@ export class Stream {
 
   private look(): void {
     const now = performance.now()
+    const offsetMs = Date.now() - now
+    if (offsetMs - this.offsetMs > SLEPT_MS) {
+      // The machine slept: a clock stood still. What is shown is old, whatever the connection says.
+      this.become('lost')
+      this.abort?.abort()
+    }
+    this.offsetMs = offsetMs
     if (now - this.heardMs > LOST_AFTER_MS) this.become('lost')
     if (this.abort !== null && now - Math.max(this.bytesMs, this.heardMs) > ABANDON_AFTER_MS) this.abort.abort()
   }
