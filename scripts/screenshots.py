@@ -122,7 +122,9 @@ def take(browser: Browser, url: str, key: str, name: str, size: Any, theme: Any,
     context.close()
     if path.stat().st_size > BYTES_MAX:
         with Image.open(path) as picture:
-            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                path, optimize=True
+            )
     print(f"{path.relative_to(IMAGES.parent.parent)}: {path.stat().st_size:,} bytes")
 
 

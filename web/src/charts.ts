@@ -280,6 +280,15 @@ export class Charts {
     this.draw()
   }
 
+  /** The last time something was known of a figure, and what; within the minutes that are shown. */
+  lastKnown(name: string): { value: number; atMs: number } | null {
+    const column = this.series.columns.get(name) ?? []
+    const index = column.findLastIndex((value) => value !== null)
+    const value = column[index]
+    const atMs = this.series.at[index]
+    return typeof value === 'number' && atMs !== undefined ? { value, atMs } : null
+  }
+
   add(event: FiguresEvent): void {
     this.series.add(event, this.minutes * 60_000)
     if (!this.pending && document.visibilityState === 'visible') {
@@ -315,6 +324,7 @@ export class ToldChart {
     const stepped = uPlot.paths.stepped?.({ align: 1 })
     const line = (label: string, stroke: string, fill = ''): uPlot.Series => ({ label, stroke, fill, width: 2, points: { show: false }, ...(stepped === undefined ? {} : { paths: stepped }) })
     const alert = colour('alert')
+    const isShort = (atMs.at(-1) ?? 0) - (atMs[0] ?? 0) < 600_000
     this.plot = new uPlot(
       {
         width: Math.max(120, this.element.clientWidth),
@@ -325,7 +335,7 @@ export class ToldChart {
         padding: [8, 16, 0, 0],
         scales: { x: { time: true }, y: { range: (_, __, max) => [0, niceTop(max, 'count')] } },
         axes: [
-          { ...axis, size: 22, space: 70, values: (_, splits) => splits.map((s) => minute(s * 1000)) },
+          { ...axis, size: 22, space: 80, values: (_, splits) => splits.map((s) => (isShort ? clock(s * 1000) : minute(s * 1000))) },
           { ...axis, size: 52, space: 30, values: (_, splits) => splits.map((value) => quantity(value, 'count')) },
         ],
         series: [{}, line('told', alert, `${alert}26`), line('resolved', colour('good'))],

@@ -221,6 +221,7 @@ class Page {
   private showSide(): void {
     const shown = this.deskForm ?? this.panel?.element ?? this.list.element
     this.sideBar.hidden = shown !== this.list.element
+    this.side.closest('.stage')?.classList.toggle('tall', shown !== this.list.element)
     if (this.side.firstElementChild !== shown) {
       this.side.replaceChildren(shown)
       this.side.scrollTop = 0
@@ -285,7 +286,7 @@ class Page {
       this.newButton.hidden = false
     }
     this.writeAccount()
-    void this.charts.load()
+    void this.charts.load().then(() => (this.lastPublish ??= this.charts.lastKnown('publish_to_queue_p99_ms')))
   }
 
   private partners(): string[] {

@@ -23,6 +23,7 @@ const CHINA: [[number, number], [number, number]] = [
   [135, 53],
 ]
 const GROWTH_MS = 1_200
+const MARK_HEIGHT = 22
 const COVER_ZOOM_MIN = 3.5
 const NOTHING: FeatureCollection = { type: 'FeatureCollection', features: [] }
 type SourceName = 'land' | 'coast' | 'density' | 'covers' | 'rings' | 'draft'
@@ -192,6 +193,7 @@ export class MapView {
       if (this.placing) this.handlers.pin({ lat: event.lngLat.lat, lng: event.lngLat.wrap().lng })
     })
     this.map.on('error', ({ error }) => console.warn('map:', error.message))
+    this.map.on('moveend', () => this.declutter())
     onTheme(() => void this.dress())
     void this.drawLand()
   }
@@ -229,6 +231,7 @@ export class MapView {
       }
     }
     this.tick()
+    this.declutter()
     this.put('rings', null)
   }
 
@@ -252,6 +255,7 @@ export class MapView {
     if (this.selected === id) return
     this.selected = id
     for (const [other, { button }] of this.shown) button.setAttribute('aria-pressed', String(other === id))
+    this.declutter()
     this.put('rings', null)
     this.put('covers', null)
   }
@@ -364,6 +368,24 @@ export class MapView {
     const marker = new maplibre.Marker({ element: button, anchor: 'left', offset: [-9, 0] }).setLngLat(alert.location).addTo(this.map)
     const ring = ringOf(alert, this.nowMs())
     return { alert, ring, drawnKm: ring.km, marker, button, label }
+  }
+
+  /** A label that would lie over another one, or over another alert's dot, is left out: its dot stays. */
+  private declutter(): void {
+    const marks = [...this.shown.values()]
+      .map((shown) => ({ shown, at: this.map.project(shown.alert.location), isFirst: shown.alert.id === this.selected }))
+      .sort((a, b) => Number(b.isFirst) - Number(a.isFirst) || (a.shown.ring.nextMs ?? Infinity) - (b.shown.ring.nextMs ?? Infinity))
+    const boxes: [number, number, number][] = []
+    const isFree = (x: number, y: number, width: number, own: unknown): boolean =>
+      boxes.every(([left, top, right]) => Math.abs(y - top) > MARK_HEIGHT || x > right || x + width < left) &&
+      marks.every(({ shown, at }) => shown === own || Math.abs(at.y - y) > MARK_HEIGHT || at.x < x - 8 || at.x > x + width + 8)
+    for (const { shown, at, isFirst } of marks) {
+      const width = 34 + 7 * (shown.label.textContent ?? '').length
+      const isShown = isFirst || isFree(at.x, at.y, width, shown)
+      if (isShown) boxes.push([at.x, at.y, at.x + width])
+      shown.button.classList.toggle('bare', !isShown)
+      shown.button.setAttribute('aria-label', `${shown.alert.id} ${shown.label.textContent ?? ''}`)
+    }
   }
 
   private grow(): void {
