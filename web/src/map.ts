@@ -298,6 +298,7 @@ export class MapView {
       if (ring.km !== shown.ring.km) grew = true
       shown.ring = ring
       setText(shown.label, ring.nextMs === null ? km(ring.km) : `${km(ring.km)} → ${km(ring.nextKm ?? 0)} ${countdown(ring.nextMs - nowMs)}`)
+      shown.button.setAttribute('aria-label', `${shown.alert.id} ${shown.label.textContent ?? ''}`)
       shown.button.dataset['ringKm'] = String(ring.km)
     }
     if (grew) this.grow()
@@ -384,7 +385,6 @@ export class MapView {
       const isShown = isFirst || isFree(at.x, at.y, width, shown)
       if (isShown) boxes.push([at.x, at.y, at.x + width])
       shown.button.classList.toggle('bare', !isShown)
-      shown.button.setAttribute('aria-label', `${shown.alert.id} ${shown.label.textContent ?? ''}`)
     }
   }
 
