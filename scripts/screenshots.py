@@ -120,11 +120,11 @@ def take(browser: Browser, url: str, key: str, name: str, size: Any, theme: Any,
     path = IMAGES / f"{name}.png"
     page.screenshot(path=path)
     context.close()
+    with Image.open(path) as taken:
+        picture = taken.convert("RGB")
+    picture.save(path, optimize=True)
     if path.stat().st_size > BYTES_MAX:
-        with Image.open(path) as picture:
-            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                path, optimize=True
-            )
+        picture.quantize(256, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.relative_to(IMAGES.parent.parent)}: {path.stat().st_size:,} bytes")
 
 

@@ -331,7 +331,9 @@ class Page {
     const tile = this.tiles.get('publish')
     if (this.lastPublish === null || !(tile?.firstElementChild instanceof HTMLElement)) return
     const { value: last, atMs } = this.lastPublish
-    setText(tile.firstElementChild, value === undefined ? `${ms(last)} (${minute(atMs)})` : ms(last))
+    setText(tile.firstElementChild, ms(last))
+    const name = t('tile.publish')
+    if (tile.lastElementChild instanceof HTMLElement) setText(tile.lastElementChild, value === undefined ? `${name} · ${minute(atMs)}` : name)
   }
 
   private takeAlerts(alerts: ViewAlert[]): void {
