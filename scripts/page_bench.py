@@ -52,7 +52,7 @@ class StandIn:
         self._files = PageFiles()
         self._random = random.Random(1)
         self._start_ms = round(time.time() * 1000) - 1_000
-        self._cells = sorted(h3.grid_disk(h3.latlng_to_cell(33.0, 112.0, 4), 58))[:CELLS]
+        self._cells = sorted(h3.grid_disk(h3.latlng_to_cell(33.0, 112.0, 4), 62))[:CELLS]
         self._alerts = [self._alert(number) for number in range(RINGS)]
         self._covers: dict[str, bytes] = {}
         self.app = Starlette(
