@@ -22,7 +22,8 @@ YAML_RULES = '{extends: default, rules: {document-start: disable, line-length: {
 SHELL_SCRIPTS = scripts/find-python scripts/make-venv .ci/run
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test loadtest simulate soak fuzz check format lock image-steps clean distclean ask-python
+.PHONY: help setup demo test page page-bench screenshots loadtest simulate soak fuzz check format lock image-steps clean \
+	distclean ask-python
 
 help: ## List the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +47,16 @@ soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at ful
 loadtest: $(VENV)/.dev ## Put a system of its own under load for two minutes: who was missed, what is slow, what gives way first
 	@$(BIN)/tuanyuan warmup
 	@$(BIN)/python -m loadtest $(LOADTEST_ARGS)
+
+page: ## Build the operator's page from web/ into gateway/page: needs Node 20 or later, and npm
+	@cd web && npm ci --no-fund --no-audit && npm run build
+
+page-bench: $(VENV)/.dev ## Measure what the page costs: bytes, frames, main thread, memory over hours; needs Chromium, 4 minutes
+	@$(BIN)/python -m scripts.page_bench
+
+screenshots: $(VENV)/.dev ## Make the pictures of the operator's page in docs/images: needs Chromium, about 5 minutes
+	@$(BIN)/tuanyuan warmup
+	@$(BIN)/python -m scripts.screenshots
 
 simulate: $(VENV)/.run ## Play SEEDS=1000 small worlds full of faults against the oracles
 	@$(BIN)/tuanyuan simulate --seeds $(SEEDS)

@@ -49,6 +49,7 @@ FEATURES = (
     "cap",
     "feeds",
     "view",
+    "page",
 )
 """Modules of this package, in the order in which they are started; they are stopped in the opposite one."""
 

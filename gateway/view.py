@@ -113,7 +113,7 @@ EVENT_SCHEMA: dict[str, Any] = {
                 "text/event-stream": {
                     "schema": EVENT_SCHEMA,
                     "example": 'event: hello\ndata: {"version":"0.1.0","server_time_ms":1777617000000,"step_s":1,'
-                    '"scope":""}\n\n',
+                    '"scope":"","role":"operator","name":"control room"}\n\n',
                 }
             },
         },
@@ -165,6 +165,8 @@ async def _events(
         "server_time_ms": hub.now_ms(),
         "step_s": round(SAMPLE_S),
         "scope": scope,
+        "role": caller.kind,
+        "name": caller.name,
     }
     sent = Latest()
     yield event_bytes("hello", orjson.dumps(hello)) + _news(hub.latest, sent, scope)

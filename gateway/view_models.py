@@ -28,6 +28,8 @@ class Hello(Strict):
     scope: str = Field(
         description="Alerts of divisions whose code begins with this are sent; empty: all.", examples=["3301"]
     )
+    role: Literal["operator", "officer"] = Field(description="Officers have the desk as well.")
+    name: str = Field(description="Of the account whose key it is.", examples=["杭州 值班"])
 
 
 class ViewAlarm(Strict):

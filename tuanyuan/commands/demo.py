@@ -198,6 +198,7 @@ class _Demo:
             for name in self._world.partner_names
         }
         officer_key = accounts.add_officer(OFFICER, DIVISION, "prefecture").text
+        note(f"Watch it in a browser as long as it runs, with an officer's key: {gateway_url}/#key={officer_key}")
         self._streaming.set()
         self._pulling.set()
         sender = self._thread("sender", lambda: self._send([client.pings() for client in partners.values()]))
