@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.alarms import ALARM_KINDS
+
 ROOT = Path(__file__).resolve().parents[2]
 WEB = ROOT / "web"
 BUILT = ROOT / "gateway" / "page"
@@ -84,6 +86,7 @@ def test_chinese_words_are_chinese() -> None:
 def test_no_word_is_without_use() -> None:
     source = "".join(path.read_text() for path in (WEB / "src").glob("*.ts"))
     made_at_run_time = (
+        "alarm.",
         "category.",
         "outcome.",
         "problem.",
@@ -171,3 +174,8 @@ def test_no_colour_stands_outside_of_the_tokens() -> None:
     rules = STYLE[STYLE.index("*,\n") :]
     assert re.findall(r"#[0-9a-fA-F]{3,8}\b", rules) == []
     assert set(re.findall(r"\brgb\([^)]*\)", rules)) == {"rgb(0 0 0 / 55%)"}
+
+
+def test_every_kind_of_alarm_has_words_in_both_languages() -> None:
+    for words in WORDS.values():
+        assert {key.removeprefix("alarm.") for key in words if key.startswith("alarm.")} == set(ALARM_KINDS)

@@ -16,7 +16,7 @@ import { dropKey, keepKey, takeKey } from './session'
 import { Stream, type Connection } from './stream'
 import { currentTheme, setTheme, startTheme } from './theme'
 import type { AlertCover, AlertsEvent, DensityMap, FiguresEvent, Hello, History, MapEvent, ViewAlert } from './types'
-import { applyWords, currentLanguage, onLanguage, setLanguage, t, type Key } from './words'
+import { applyWords, currentLanguage, maybe, onLanguage, setLanguage, t, type Key } from './words'
 
 const COVERS_AT_ONCE = 4
 const MAP_OLD_MS = 4 * 60_000
@@ -303,8 +303,8 @@ class Page {
     }
     this.charts.add(event)
     this.writeFigures()
-    const shown = event.alarms.map(({ kind, source, words }) => h('li', {}, h('b', {}, source === '' ? kind : `${kind} ${source}`), ' ', words))
-    const text = event.alarms.map(({ kind, source }) => kind + source).join()
+    const shown = event.alarms.map(({ kind, source, words }) => h('li', {}, h('b', {}, source === '' ? maybe('alarm', kind) : `${maybe('alarm', kind)} ${source}`), ' ', words))
+    const text = event.alarms.map(({ kind, source }) => currentLanguage() + kind + source).join()
     if (this.alarms.dataset['shown'] !== text) {
       if (shown.length > 0) announce(t('alarms.on', { n: shown.length }), true)
       this.alarms.dataset['shown'] = text
