@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import gevent
 
@@ -16,7 +18,13 @@ FEEDS = ("/feed/alerts.json", "/feed/alerts.geojson", "/feed/alerts.atom")
 STREAM = "/v1/view/stream"
 STREAM_AGAIN_S = 2.0
 STREAM_TIMEOUT_S = 30.0
-CHUNK_BYTES = 1 << 16
+EVENT_END = b"\n\n"
+
+
+def events(response: Any) -> Iterator[bytes]:
+    """Server-Sent Events as they come: each as soon as it is whole. (`read` would wait for as many bytes as it may.)"""
+    while event := bytes(response.readline(EVENT_END)):
+        yield event
 
 
 class Operator:
@@ -43,7 +51,7 @@ class Operator:
             try:
                 response = http.open("GET", STREAM, headers={"Accept": "text/event-stream"})
                 is_first = True
-                while chunk := response.read(CHUNK_BYTES):
+                for chunk in events(response):
                     now_s = traffic.now_s()
                     if is_first:
                         traffic.fire(

@@ -11,8 +11,10 @@ import orjson
 import pytest
 from gevent.event import Event
 from gevent.queue import PriorityQueue
+from geventhttpclient.response import HTTPSocketResponse
 
 from geoindex.columns import PingBatch
+from loadtest.load import onlookers
 from loadtest.load.account import Account, no_audit
 from loadtest.load.compare import compared, table
 from loadtest.load.deployment import Deployment
@@ -736,3 +738,23 @@ def test_a_file_that_is_no_report_is_named_and_the_run_counts_all_the_same(tmp_p
     said: list[str] = []
     assert write_report(canned(), tmp_path / "new", old, said.append) == 0
     assert said[0] == f"nothing to compare with: {old}: must be a report of a load test, with scenario and values"
+
+
+def test_an_event_of_the_live_stream_is_there_before_the_next_one() -> None:
+    class Socket:
+        def __init__(self) -> None:
+            body = b"event: hello\ndata: {}\n\n"
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            self.sent = [head, b"%x\r\n%b\r\n" % (len(body), body), b"0\r\n\r\n"]
+
+        def recv(self, _length: int) -> bytes:
+            return self.sent.pop(0)
+
+        def release_socket(self, _socket: object) -> None:
+            pass
+
+    socket = Socket()
+    stream = onlookers.events(HTTPSocketResponse(socket))
+    assert next(stream) == b"event: hello\ndata: {}\n\n"
+    assert socket.sent == [b"0\r\n\r\n"]
+    assert list(stream) == []
