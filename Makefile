@@ -109,6 +109,6 @@ $(VENV)/.run: requirements/build.txt requirements/run.txt pyproject.toml $(if $(
 ask-python:
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
-	@echo 'Installing the tools for tests and checks: about 75 MB, once'
+	@echo 'Installing the tools for tests and checks: about 130 MB, once'
 	$(PIP_INSTALL) $(LOCKED) -r requirements/dev.txt
 	@touch $@
