@@ -45,7 +45,6 @@ soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at ful
 	@$(BIN)/tuanyuan soak $(SOAK_ARGS)
 
 loadtest: $(VENV)/.dev ## Put a system of its own under load for two minutes: who was missed, what is slow, what gives way first
-	@$(BIN)/tuanyuan warmup
 	@$(BIN)/python -m loadtest $(LOADTEST_ARGS)
 
 page: ## Build the operator's page from web/ into gateway/page: needs Node 20 or later, and npm

@@ -53,7 +53,6 @@ __all__ = [
     "LifePartner",
     "festival_in",
     "refusals",
-    "warm_kernels",
 ]
 
 BATCH_PINGS = 8_192
@@ -403,16 +402,6 @@ def refusals(
         "from_the_future": int(np.count_nonzero(ahead_ms > future_tolerance_ms)),
         "too_old": int(np.count_nonzero(ahead_ms < -live_window_ms)),
     }
-
-
-def warm_kernels() -> None:
-    """Compile all that a `Life` runs, once for this machine: before workers start, which would compile side by side."""
-    life = Life(1, 100)
-    for batch in (*life.first_sight(DAY_MS), *life.pings_at_rate(100, DAY_MS, DAY_MS + 1_000, timed=True)):
-        life.in_datum(batch)
-    life.online([0], DAY_MS)
-    life.phone_ids([0])
-    life.home_places([0])
 
 
 def _check_partners(partners: Sequence[LifePartner], phone_count: int) -> None:

@@ -15,8 +15,6 @@ AUDIT_TIMEOUT_S = 3600.0
 KINDS = ("missed", "extra", "duplicate", "unretracted")
 OTHERS = ("out_of_order", "displaced", "undecodable")
 EXAMPLES_MAX = 20
-INCOMPLETE = 3
-"""Exit code of `tuanyuan audit`: nothing wrong, but not everything could be recomputed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import gevent
 import orjson
 from gevent.event import Event
 
+from flows.log import LogId
 from loadtest.load.account import Account, audit_of, no_audit
 from loadtest.load.deployment import Deployment
 from loadtest.load.limits import Limit, read_thresholds
@@ -33,9 +34,11 @@ Say = Callable[[str], None]
 
 FILL_TIMEOUT_S = 3600.0
 WORKER_TIMEOUT_S = 30.0
+"""A worker that has said nothing for so long is gone: it speaks every second."""
 BEGIN_IN_S = 1.0
 """The beginning is said so long before it comes: every worker has heard of it by then."""
-DRAIN_S_MAX = 60.0
+DRAIN_S_MAX = 300.0
+"""What was let in has arrived by then, also after the step that was too much; else nobody could vouch for the rest."""
 DRAIN_BLIND_S = 5.0
 """Without a look at the queues."""
 SAMPLE_EVERY_S = 1.0
@@ -68,6 +71,7 @@ class Conductor:
         self.limits: list[Limit] = read_thresholds()[1]
         self._stepper = None if spec.stepping is None else Stepper(spec.stepping, self.limits)
         self._workers: dict[int, dict[str, Any]] = {}
+        self._heard_s: dict[int, float] = {}
         self._count = 1
         self._begin_ms = 0.0
         self._stopped = Event()
@@ -77,6 +81,7 @@ class Conductor:
 
     def start(self) -> None:
         """The run, in a greenlet of its own."""
+        self._environment.process_exit_code = 1  # until a report says otherwise
         self._greenlet = gevent.spawn(self._run)
 
     def stop(self, timeout_s: float = 600.0) -> None:
@@ -87,6 +92,7 @@ class Conductor:
     def _seen(self, environment: Any, msg: Any, **_: object) -> None:
         seen = msg.data
         self._workers[seen["index"]] = seen
+        self._heard_s[seen["index"]] = time.monotonic()
         self.recorder.merge(seen["record"], seen["index"])
 
     def _run(self) -> None:
@@ -108,15 +114,16 @@ class Conductor:
         self._prepare()
         self._begin()
         ended_s = self._load()
-        drained_s = self._drain(ended_s)
+        drained_s = self._drain()
         self._collect()
+        faults = self._faults()
         account = self._account()
         found = summarise(
             self.spec,
             self.recorder,
             self.samples,
             account,
-            faults=self._faults(),
+            faults=faults,
             stepper=self._stepper,
             workers=self._count,
             filled=sum(seen["known"] for seen in self._workers.values()),
@@ -125,8 +132,7 @@ class Conductor:
             begin_ms=self._begin_ms,
             problem=self.problem,
         )
-        code = write_report(found, self._out, self._compare, self._say)
-        self._environment.process_exit_code = code if self.problem is None else 1
+        self._environment.process_exit_code = write_report(found, self._out, self._compare, self._say)
 
     def _prepare(self) -> None:
         runner = self._environment.runner
@@ -159,9 +165,12 @@ class Conductor:
 
     def _wait_caught_up(self) -> None:
         deadline_s = time.monotonic() + FILL_TIMEOUT_S
-        while self._watch.settings is not None and self._watch.lag_ms() > 0 and time.monotonic() < deadline_s:
+        heads = self._watch.heads()
+        while not self._watch.is_done(heads):
             if self._stopped.wait(0.2):
                 return
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"the flow must catch up within {FILL_TIMEOUT_S:.0f} s")
 
     def _begin(self) -> None:
         self._begin_ms = time.time() * 1000 + BEGIN_IN_S * 1000
@@ -215,32 +224,43 @@ class Conductor:
             words.append(f"step {self._stepper.step + 1}: {self._stepper.rate:,.0f}/s")
         return ", ".join(words)
 
-    def _drain(self, from_s: float) -> float:
-        """Until everything on its way has arrived; how long that took."""
+    def _drain(self) -> float:
+        """Until everything on its way has arrived; how long that took. What has not is a problem of the run."""
         self._say("no more pings; waiting until everything has arrived ...")
         started_s = time.monotonic()
-        quiet = 0
-        while time.monotonic() - started_s < DRAIN_S_MAX and quiet < 2 and not self.problem:
+        heads: list[LogId] | None = None
+        while not self.problem:
             gevent.sleep(SAMPLE_EVERY_S)
             self._sample()
             self._check_workers()
-            quiet = quiet + 1 if self._all(lambda seen: bool(seen["idle"])) and self._arrived(started_s) else 0
+            waits_for = "requests that were due"
+            if self._all(lambda seen: bool(seen["idle"])):
+                heads = heads or self._watch.heads()  # of all that was sent; others may go on
+                waits_for = self._missing(heads, started_s)
+            if not waits_for:
+                break
+            if time.monotonic() - started_s > DRAIN_S_MAX:
+                self.problem = f"not everything had arrived after {DRAIN_S_MAX:.0f} s: {waits_for}"
         return time.monotonic() - started_s
 
-    def _arrived(self, started_s: float) -> bool:
-        sample = self.samples[-1]
-        if "lag_ms" not in sample:
-            return time.monotonic() - started_s > DRAIN_BLIND_S
+    def _missing(self, heads: list[LogId] | None, started_s: float) -> str:
+        """What has not arrived yet, in words; empty: everything has."""
+        if heads == []:  # nobody to ask
+            return "pushes, maybe" if time.monotonic() - started_s < DRAIN_BLIND_S else ""
+        if not self._watch.is_done(heads):
+            return "the flow has not worked through what the logs held when the load ended"
         slow = set(self.spec.plays.slow_partners)
-        unread = sum(
-            count for name, count in sample["unread"].items() if name not in slow and name in self._deployment.partners
-        )
-        return bool(sample["lag_ms"] == 0.0 and unread == 0)
+        unread = self.samples[-1].get("unread", {})
+        names = [name for name in unread if unread[name] and name not in slow and name in self._deployment.partners]
+        return f"pushes that their partners have not taken: {', '.join(names)}" if names else ""
 
     def _collect(self) -> None:
         self._tell_all(FINISH, {})
         deadline_s = time.monotonic() + WORKER_TIMEOUT_S
-        while not self._all(lambda seen: bool(seen["last"])) and time.monotonic() < deadline_s:
+        while not self._all(lambda seen: bool(seen["last"])):
+            if time.monotonic() > deadline_s:
+                self.problem = self.problem or "a worker has not said its last: what it has seen is not all here"
+                return
             gevent.sleep(0.05)
 
     def _account(self) -> Account:
@@ -252,11 +272,16 @@ class Conductor:
         return audit_of(self._deployment.valkey, self._deployment.var)
 
     def _faults(self) -> list[dict[str, Any]]:
-        """What was killed meanwhile, by whoever did it."""
+        """What was killed meanwhile, by whoever did it. Fewer than planned is a problem of the run."""
+        wanted = self.spec.plays.kills
+        if not wanted:
+            return []
         try:
             found: list[dict[str, Any]] = orjson.loads((self._out / FAULTS_FILE).read_bytes())
         except (OSError, ValueError):
-            return []
+            found = []
+        if len(found) < len(wanted) and not self._stopped.is_set():
+            self.problem = self.problem or f"{len(wanted)} processes were to be killed, and {len(found)} were"
         return found
 
     # ---- workers
@@ -266,8 +291,12 @@ class Conductor:
 
     def _check_workers(self) -> None:
         for index, seen in self._workers.items():
-            if seen["problem"] is not None and self.problem is None:
-                self.problem = f"worker {index}: {seen['problem']}"
+            problem = seen["problem"]
+            silent_s = time.monotonic() - self._heard_s[index]
+            if problem is None and silent_s > WORKER_TIMEOUT_S:
+                problem = f"has said nothing for {silent_s:.0f} s"
+            if problem is not None and self.problem is None:
+                self.problem = f"worker {index}: {problem}"
                 if not self._begin_ms:
                     raise RuntimeError(self.problem)
 

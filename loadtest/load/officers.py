@@ -51,10 +51,11 @@ class Officers:
             if traffic.ceased.wait(max(0.0, action.due_s - traffic.now_s())):
                 break
             running.append(gevent.spawn(self._do, action))
-        gevent.joinall(running)
+        gevent.joinall(running, raise_error=True)
         # A run that was broken off leaves no alert open.
         now_s = traffic.now_s()
-        gevent.joinall([gevent.spawn(self._close, alert_id, now_s) for alert_id in self._open_ids()])
+        closing = [gevent.spawn(self._close, alert_id, now_s) for alert_id in self._open_ids()]
+        gevent.joinall(closing, raise_error=True)
         traffic.desk_busy = False
 
     def _open_ids(self) -> list[str]:
@@ -134,7 +135,7 @@ class Officers:
     def _ask(
         self, method: str, path: str, name: str, body: dict[str, Any], due_s: float, good: tuple[int, ...]
     ) -> dict[str, Any] | None:
-        """As an officer does: again until there is an answer, under one Idempotency-Key. None: it was refused."""
+        """As an officer does: again until there is an answer, under one Idempotency-Key. None: it was not taken."""
         traffic = self._traffic
         assert traffic.deployment.officer is not None
         headers = {
@@ -150,13 +151,14 @@ class Officers:
                 except (Refused, NoAnswer) as problem:
                     traffic.fire(method, name, 1000 * (traffic.now_s() - asked_s), due_s, problem)
                     if isinstance(problem, Refused) and problem.status < 500 and problem.status != 429:
-                        return None
+                        break
                     gevent.sleep(min(5.0, getattr(problem, "retry_after_s", None) or TRY_AGAIN_S))
                 else:
                     assert answer.status in good, f"{method} {name} answered {answer.status}"
                     traffic.fire(method, name, 1000 * (traffic.now_s() - due_s), due_s, None, len(answer.body))
                     found: dict[str, Any] = orjson.loads(answer.body)
                     return found
+            traffic.recorder.count("actions not taken", 1, due_s)
             return None
         finally:
             http.close()

@@ -99,10 +99,6 @@ class RatePlan:
             return left if right_s == left_s else right
         return left + (right - left) * (at_s - left_s) / (right_s - left_s)
 
-    @property
-    def top(self) -> float:
-        return max(rate for _, rate in self.points)
-
 
 @dataclass(frozen=True, slots=True)
 class Action:

@@ -72,7 +72,6 @@ class Reader:
         if not pushes:
             return
         if self._dies and self._chance.random() < traffic.spec.plays.dying:
-            traffic.recorder.count("programs died", 1, traffic.now_s())
             self._http.close()
             self._http = self._opened()  # the next one
             return
@@ -89,7 +88,6 @@ class Reader:
         self._seen[push["id"]] = None
         if len(self._seen) > REMEMBERED:
             self._seen.popitem(last=False)
-        traffic.recorder.count("entries delivered", 1, at_s)
         traffic.recorder.count("devices told", len(devices), at_s)
         shard, _, entry = push["id"].split(":")
         entry_ms, _, sequence = entry.partition("-")

@@ -11,8 +11,9 @@ deployment's doing (or there are too few of them: `connections busy` says so), a
 from __future__ import annotations
 
 import random
-from typing import Any
+from queue import Empty
 
+import gevent
 import redis
 
 from flows.log import LogWriter, read_settings
@@ -27,6 +28,7 @@ GIVE_UP_S = 45.0
 RETRY_FIRST_S, RETRY_S_MAX = 0.2, 5.0
 LATE = "generator late"
 END_POLL_S = 0.5
+RESERVE = 4
 
 
 class GivenUp(Exception):
@@ -55,8 +57,6 @@ class Sender:
             self._close_writer()
 
     def _next(self) -> None:
-        from queue import Empty
-
         traffic = self._traffic
         free_s = traffic.now_s()
         try:
@@ -85,7 +85,6 @@ class Sender:
         except (Refused, NoAnswer) as problem:
             answered_s = traffic.now_s()
             traffic.fire(kind, name, 1000 * (answered_s - sent_s), request.due_s, problem)
-            traffic.recorder.count("refused", 1, request.due_s)
             self._again(turn, problem, kind, name)
             return
         answered_s = traffic.now_s()
@@ -104,7 +103,6 @@ class Sender:
         if refusal or again_s - request.due_s > GIVE_UP_S:
             waited_s = traffic.now_s() - request.due_s
             traffic.fire(kind, name, 1000 * waited_s, request.due_s, GivenUp(f"given up: {problem}"))
-            traffic.recorder.count("pings unsent", request.pings, request.due_s)
             return
         traffic.put(request, again_s, turn.tries + 1)
 
@@ -142,8 +140,7 @@ class Sender:
             self._writer = None
 
 
-def reserve(traffic: Traffic) -> Any:
+def reserve(traffic: Traffic) -> None:
     """Senders of a worker that Locust has given none: its feeder's requests must go out all the same."""
-    import gevent
-
-    return [gevent.spawn(Sender(traffic).run) for _ in range(4)] if not traffic.senders else []
+    for _ in range(0 if traffic.senders else RESERVE):
+        gevent.spawn(traffic.play, "a sender", lambda traffic: Sender(traffic).run())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +17,12 @@ from flows.wire import keep_pings, slice_pings
 from geoindex.columns import E7, U32, PingBatch
 from loadtest.life import Life
 from loadtest.load.spec import RunSpec
-from loadtest.places import load_places
+from loadtest.places import distance_km, load_places
 from loadtest.traces import Replay, Trace
 from loadtest.world import World
 
 CITY_KM = 100.0
 """Of `in_one_city`: the first ring."""
-EARTH_KM = 6371.0088
 FILL_BATCH_PINGS = 100_000
 
 
@@ -140,7 +140,8 @@ class CitySource:
         place = places.densest_place(CITY_KM)
         self.share = places.people_within(place.lat, place.lng, CITY_KM) / float(places.people.sum())
         self.lat, self.lng = place.lat, place.lng
-        self._inner = WORLDS[spec.world](_with_phones(spec, math.ceil(spec.phones / self.share)), index, count)
+        wider = replace(spec, phones=math.ceil(spec.phones / self.share), stepping=None)
+        self._inner = WORLDS[spec.world](wider, index, count)
 
     @property
     def partner_names(self) -> tuple[str, ...]:
@@ -153,21 +154,8 @@ class CitySource:
         return self._inside(self._inner.pings(from_ms, until_ms, math.ceil(count / self.share)))
 
     def _inside(self, batch: PingBatch) -> PingBatch:
-        outside = distance_km(batch, self.lat, self.lng) > CITY_KM
+        outside = distance_km(self.lat, self.lng, batch.lat_e7 / E7, batch.lng_e7 / E7) > CITY_KM
         return keep_pings(batch, outside.astype(np.uint8))
-
-
-def distance_km(batch: PingBatch, lat: float, lng: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Of every ping from a point: the haversine formula."""
-    ping_lat, ping_lng = np.radians(batch.lat_e7 / E7), np.radians(batch.lng_e7 / E7)
-    half = np.sin((ping_lat - math.radians(lat)) / 2) ** 2
-    half += math.cos(math.radians(lat)) * np.cos(ping_lat) * np.sin((ping_lng - math.radians(lng)) / 2) ** 2
-    found: np.ndarray[tuple[int], np.dtype[np.float64]] = 2 * EARTH_KM * np.arcsin(np.sqrt(half))
-    return found
-
-
-def _with_phones(spec: RunSpec, phones: int) -> RunSpec:
-    return RunSpec.from_json({**spec.to_json(), "phones": phones, "stepping": None})
 
 
 NOTHING = PingBatch(

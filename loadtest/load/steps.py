@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from loadtest.load.histogram import Histogram, merged
+from loadtest.load.histogram import merged
 from loadtest.load.limits import Limit
 from loadtest.load.plan import Stepping
 from loadtest.load.recorder import Recorder
@@ -185,8 +185,3 @@ def _busiest_roles(cores: dict[str, float]) -> str:
         return "no core to spare: " + ", ".join(full)
     most = sorted(((used, role) for role, used in cores.items() if role != "machine"), reverse=True)[:3]
     return "busiest: " + ", ".join(f"{role} {used:.2f} cores" for used, role in most) if most else ""
-
-
-def latencies(recorder: Recorder, prefix: str, from_s: float = 0.0) -> Histogram:
-    """Everything whose name begins so, due from then on."""
-    return merged(recorder.between(name, from_s, float("inf")) for name in recorder.names() if name.startswith(prefix))

@@ -11,6 +11,7 @@ import logging
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ class Traffic:
         self.all_made = True
         self.ceased.set()
         while not self.turns.empty():
-            self.turns.get()
+            self._drop(self.turns.get().request)
             self.waiting -= 1
 
     @property
@@ -128,10 +129,27 @@ class Traffic:
     def put(self, request: Request, at_s: float, tries: int = 0) -> None:
         """To be sent at that moment; not after `cease`."""
         if self.ceased.is_set():
+            self._drop(request)
             return
         self._number += 1
         self.waiting += 1
         self.turns.put(Turn(at_s, self._number, request, tries))
+
+    def _drop(self, request: Request) -> None:
+        """It is not due any more."""
+        self.recorder.count("pings due", -request.pings, request.due_s)
+
+    def fail(self, problem: str) -> None:
+        """The run has not shown what it should; the first reason counts, and ends it."""
+        self.problem = self.problem or problem
+
+    def play(self, name: str, part: Callable[[Traffic], None]) -> None:
+        """A user's part. Locust would only count what it raises, and begin the part anew."""
+        try:
+            part(self)
+        except Exception as error:
+            logger.exception("%s has failed", name)
+            self.fail(f"{name}: {error!r}")
 
     # ---- the feeder
 
@@ -155,19 +173,21 @@ class Traffic:
                 self._heard(frame)
         except OSError as error:
             logger.debug("the feeder's socket: %s", error)
+        except Exception as error:
+            logger.exception("what the feeder says is not understood")
+            self.fail(f"what the feeder says is not understood: {error!r}")
         if not self.all_made and not self.ended.is_set():
-            self.problem = self.problem or "the process that makes requests has ended"
+            self.fail("the process that makes requests has ended")
             self.all_made = True
             self.filled.set()
 
     def _heard(self, frame: dict[str, Any]) -> None:
         if "b" in frame:
             request = Request.of_frame(frame)
-            if not self.ceased.is_set():
-                self.recorder.count("pings due", request.pings, request.due_s)
+            self.recorder.count("pings due", request.pings, request.due_s)
             self.put(request, request.due_s)
         elif "problem" in frame:
-            self.problem = str(frame["problem"])
+            self.fail(str(frame["problem"]))
         elif "end" in frame:
             self.all_made = True
         elif "cpu_s" in frame:

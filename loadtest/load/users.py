@@ -44,7 +44,7 @@ class _RunUser(User):
     @task
     def play(self) -> None:
         traffic = STATE["worker"].wait()
-        self.part(traffic)
+        traffic.play(type(self).__name__, self.part)
         traffic.ended.wait()
         while True:  # until Locust ends it
             gevent.sleep(3600)

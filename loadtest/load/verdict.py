@@ -6,7 +6,7 @@ Figures are those of the load behind its warm-up; plots show all of it.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
@@ -14,21 +14,27 @@ from typing import Any
 
 from loadtest.bench.report import machine_values
 from loadtest.load.account import KINDS, OTHERS, Account
-from loadtest.load.histogram import PERCENTILES, Histogram
+from loadtest.load.histogram import PERCENTILES, Histogram, merged
 from loadtest.load.limits import Threshold, read_thresholds
 from loadtest.load.recorder import Recorder
 from loadtest.load.senders import LATE
 from loadtest.load.spec import RunSpec
-from loadtest.load.steps import Stepper, cores_of, latencies, memory_share
+from loadtest.load.steps import Stepper, cores_of, memory_share, ping_names
 from loadtest.load.watch import Sample
 
 FORMAT_VERSION = 1
-SEND_PREFIXES = ("POST /v1/pings [", "LOG ")
 PROBES, DECIDED, HOUR = "E2E ping to push", "E2E decided to taken", "E2E hour to push"
 PUBLISH, ACK = "POST /v1/alerts", "POST /v1/pushes/ack"
 CAUGHT_UP_MS = 1000.0
 AHEAD_S_MIN = 0.5
 """A feeder that is ahead by less could not keep up."""
+
+SATURATION = {
+    "generator_late_p99_ms": "1 % of the sends were late by {:,.0f} ms or more",
+    "generator_busy": "a generator process was busy for {:.0%} of a core",
+    "feeder_behind_share": "requests were not made in time for {:.0%} of the run",
+}
+"""What it means that one of these thresholds is missed."""
 
 Values = dict[str, float]
 
@@ -49,7 +55,7 @@ def summarise(
     problem: str | None = None,
 ) -> dict[str, Any]:
     """The report's JSON. `load_s`: how long the load lasted."""
-    if stepper is not None and stepper.broken is None:
+    if stepper is not None and stepper.broken is None and load_s >= spec.seconds:
         stepper.finish()
     from_s = min(spec.warm_up_s, load_s / 2)
     loaded = [sample for sample in samples if from_s <= sample["at_s"] <= load_s]
@@ -62,12 +68,14 @@ def summarise(
         **_account(account),
         **_recovery(faults, samples),
         "alerts": float(sum(1 for facts in recorder.published.values() if not facts.get("is_watch"))),
-        "devices_told": float(recorder.counted("devices told")),
+        "actions_not_taken": float(recorder.counted("actions not taken")),
         "delivered_again": float(recorder.counted("delivered again")),
         "load_s": round(load_s, 1),
         "drain_s": round(drain_s, 1),
         "phones_known": float(filled),
     }
+    if recorder.published:
+        values["devices_told"] = float(recorder.counted("devices told"))
     if stepper is not None:
         values["held_pings_per_s"] = stepper.held.rate if stepper.held is not None else 0.0
     growth = _memory_growth(loaded)
@@ -106,14 +114,14 @@ def summarise(
 def _rates(recorder: Recorder, from_s: float, load_s: float) -> Values:
     counted_s = max(1.0, int(load_s) - int(from_s))
     due, accepted = (recorder.counted(name, from_s, int(load_s)) for name in ("pings due", "pings accepted"))
-    ping_names = [name for name in recorder.names() if name.startswith(SEND_PREFIXES)]
-    sent = sum(len(recorder.between(name, from_s, load_s + 1)) for name in ping_names)
-    refused = sum(recorder.failed(name, from_s, load_s + 1) for name in ping_names)
+    names = ping_names(recorder)
+    sent = sum(len(recorder.between(name, from_s, load_s + 1)) for name in names)
+    refused = sum(recorder.failed(name, from_s, load_s + 1) for name in names)
     return {
         "pings_due_per_s": due / counted_s,
         "pings_per_s": accepted / counted_s,
         "bytes_per_ping": recorder.counted("bytes sent") / max(1, recorder.counted("pings accepted")),
-        "pings_unsent": float(recorder.counted("pings unsent")),
+        "pings_unsent": float(recorder.counted("pings due") - recorder.counted("pings accepted")),
         "requests_per_s": sent / counted_s,
         "refused_share": refused / max(1, refused + sent),
         "connections_busy_share": recorder.counted("connections busy", from_s, load_s + 1) / max(1, sent),
@@ -122,7 +130,7 @@ def _rates(recorder: Recorder, from_s: float, load_s: float) -> Values:
 
 def _latencies(recorder: Recorder, from_s: float, alerts: list[dict[str, Any]]) -> Values:
     histograms = {
-        "ping_request": Histogram(),
+        "ping_request": merged(recorder.between(name, from_s, math.inf) for name in ping_names(recorder)),
         "ping_to_push": recorder.between(PROBES, from_s, math.inf),
         "decided_to_taken": recorder.between(DECIDED, from_s, math.inf),
         "hour_to_push": recorder.between(HOUR, 0, math.inf),
@@ -131,8 +139,6 @@ def _latencies(recorder: Recorder, from_s: float, alerts: list[dict[str, Any]]) 
         "alert_first_push": Histogram(),
         "alert_last_push": Histogram(),
     }
-    for prefix in SEND_PREFIXES:
-        histograms["ping_request"].merge(latencies(recorder, prefix, from_s))
     for alert in alerts:
         if alert["first_push_ms"] is not None and not alert["is_watch"]:
             histograms["alert_first_push"].add(alert["first_push_ms"])
@@ -215,16 +221,13 @@ def _generator(recorder: Recorder, from_s: float, load_s: float) -> Values:
 
 
 def _saturation(values: Values) -> list[str]:
-    """Why the generator, not the deployment, was the limit; empty: it was not."""
-    reasons = []
-    for name, most, words in (
-        ("generator_late_p99_ms", 100.0, "1 % of the sends were late by {:,.0f} ms or more"),
-        ("generator_busy", 0.9, "a generator process was busy for {:.0%} of a core"),
-        ("feeder_behind_share", 0.1, "requests were not made in time for {:.0%} of the run"),
-    ):
-        if values.get(name, 0.0) > most:
-            reasons.append(words.format(values[name]))
-    return reasons
+    """Why the generator, not the deployment, was the limit, by the thresholds; empty: it was not."""
+    at_most = {threshold.name: threshold.at_most for threshold in read_thresholds()[0]}
+    return [
+        words.format(values[name])
+        for name, words in SATURATION.items()
+        if (most := at_most.get(name)) is not None and values.get(name, 0.0) > most
+    ]
 
 
 def _account(account: Account) -> Values:
@@ -265,13 +268,13 @@ def _memory_growth(samples: list[Sample]) -> float | None:
 
 def verdicts(values: Values, scenario: str, is_stepping: bool = False) -> list[dict[str, Any]]:
     """Every threshold that applies: met, missed, or not measured. A stepping run ends when something breaks, so that
-    only correctness and the generator are judged there.
+    only correctness is judged there.
     """
     found = []
     for threshold in read_thresholds()[0]:
         if not threshold.applies(scenario):
             continue
-        if is_stepping and not threshold.name.startswith("audit_"):
+        if is_stepping and not threshold.name.startswith(("audit_", "devices_told")):
             continue
         value = values.get(threshold.name)
         found.append(
@@ -314,13 +317,19 @@ def _requests(recorder: Recorder, from_s: float) -> list[dict[str, Any]]:
 def series_of(recorder: Recorder, samples: list[Sample], load_s: float) -> dict[str, Any]:
     """Columns for plots; a second without a value is None."""
     seconds = list(range(max(1, math.ceil(load_s))))
-    send_names = [name for name in recorder.names() if name.startswith(SEND_PREFIXES)]
+    send_names = ping_names(recorder)
+    refused = [recorder.failed_at[name] for name in send_names if name in recorder.failed_at]
+
+    def counted(name: str) -> list[int]:
+        amounts = recorder.counts.get(name, Counter[int]())
+        return [amounts[at] for at in seconds]
+
     found: dict[str, Any] = {
         "seconds": seconds,
-        "due_per_s": [recorder.counted("pings due", at, at + 1) for at in seconds],
-        "accepted_per_s": [recorder.counted("pings accepted", at, at + 1) for at in seconds],
-        "told_per_s": [recorder.counted("devices told", at, at + 1) for at in seconds],
-        "refused_per_s": [sum(recorder.failed(name, at, at + 1) for name in send_names) for at in seconds],
+        "due_per_s": counted("pings due"),
+        "accepted_per_s": counted("pings accepted"),
+        "told_per_s": counted("devices told"),
+        "refused_per_s": [sum(amounts[at] for amounts in refused) for at in seconds],
         "latency": {},
     }
     groups = {
@@ -332,10 +341,8 @@ def series_of(recorder: Recorder, samples: list[Sample], load_s: float) -> dict[
     for group, names in groups.items():
         columns: dict[str, list[float | None]] = {quantile: [] for quantile in PERCENTILES}
         for at in seconds:
-            histogram = Histogram()
-            for name in names:
-                histogram.merge(recorder.between(name, at, at + 1))
-            summary = histogram.summary_ms()
+            by_second = (recorder.latencies.get(name, {}).get(at) for name in names)
+            summary = merged(histogram for histogram in by_second if histogram is not None).summary_ms()
             for quantile, column in columns.items():
                 column.append(summary.get(quantile))
         found["latency"][group] = columns

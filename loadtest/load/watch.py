@@ -6,14 +6,15 @@ machine: CPU and memory by role. Without either there are the load's own figures
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import redis
 
-from flows.log import FIRST, done_key, log_key, parse_id, push_key, read_settings
+from flows.log import FIRST, LogId, done_key, last_id, log_key, parse_id, push_key, read_settings
 from flows.metrics import read_stats
 from flows.server import connect
 from geoindex.entries import Settings
@@ -53,10 +54,9 @@ class Watch:
         found: Sample = {"machine_cores": psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)}
         self._processes(found, took_s)
         if self._client is not None:
-            try:
+            # It may be being started anew: the figures of that second are missing.
+            with contextlib.suppress(redis.RedisError):
                 self._valkey(found, took_s)
-            except redis.RedisError as problem:
-                found["valkey_gone"] = type(problem).__name__
         return found
 
     # ---- processes of this machine
@@ -99,7 +99,6 @@ class Watch:
         found["lag_ms"] = self.lag_ms()
         found |= self._queues(settings)
         stats = read_stats(client)
-        found["flows"] = stats.process_count
         found["devices"] = int(stats.total("devices_live"))
         found["alarms"] = sorted({alarm.kind for alarm in stats.alarms})
         accepted = stats.total("pings_accepted_total")
@@ -114,6 +113,26 @@ class Watch:
             found["cores"]["valkey"] = (used_s - self._server_cpu_s) / took_s
         self._server_cpu_s = used_s
 
+    def heads(self) -> list[LogId] | None:
+        """The last entry of every log; empty without a server to ask, None if it does not answer now."""
+        try:
+            if self._client is None or self.settings is None:
+                return []
+            return [last_id(self._client, log_key(shard)) for shard in range(self.settings.shard_count)]
+        except redis.RedisError:
+            return None
+
+    def is_done(self, heads: list[LogId] | None) -> bool:
+        """Whether all pushes of these entries, and of those before them, are in the queues."""
+        if not heads:
+            return heads is not None
+        assert self._client is not None
+        try:
+            raws = cast("list[bytes | None]", self._client.mget([done_key(shard) for shard in range(len(heads))]))
+        except redis.RedisError:
+            return False
+        return all(raw is not None and parse_id(raw) >= head for raw, head in zip(raws, heads, strict=True))
+
     def lag_ms(self) -> float:
         """How far the slowest shard is behind its log: age of what is done, by the log's own times."""
         settings, client = self.settings, self._client
@@ -124,13 +143,13 @@ class Watch:
                 pipeline.xrevrange(log_key(shard), count=1)
             replies = pipeline.execute()
         lag_ms = 0.0
-        for done_raw, newest in zip(replies[::2], replies[1::2], strict=True):
-            done = FIRST if done_raw is None else parse_id(done_raw)
+        for shard, (done_raw, newest) in enumerate(zip(replies[::2], replies[1::2], strict=True)):
+            done = _first_id(client, log_key(shard)) if done_raw is None else parse_id(done_raw)
             head = parse_id(newest[0][0]) if newest else FIRST
             if head > done:
                 # A log that was idle has an old `done` and a new head: no more behind than that head is old.
                 now_ms = time.time() * 1000
-                lag_ms = max(lag_ms, min(float(head[0] - done[0]), max(0.0, now_ms - done[0])) if done[0] else 0.0)
+                lag_ms = max(lag_ms, min(float(head[0] - done[0]), max(0.0, now_ms - done[0])))
         return lag_ms
 
     def _queues(self, settings: Settings) -> Sample:
@@ -145,12 +164,16 @@ class Watch:
             replies = pipeline.execute(raise_on_error=False)
         unread: dict[str, int] = dict.fromkeys(settings.partners, 0)
         pending: dict[str, int] = dict.fromkeys(settings.partners, 0)
-        entries = 0
         for (name, _), groups, length in zip(keys, replies[::2], replies[1::2], strict=True):
             if isinstance(groups, Exception) or isinstance(length, Exception):
                 continue  # no such queue yet
-            entries += length
             own = next((group for group in groups if group["name"] in (GROUP, GROUP.encode())), None)
             unread[name] += length if own is None else int(own["lag"] or 0)
             pending[name] += 0 if own is None else int(own["pending"])
-        return {"unread": unread, "pending": pending, "queue_entries": entries}
+        return {"unread": unread, "pending": pending}
+
+
+def _first_id(client: redis.Redis, log: str) -> LogId:
+    """Where a log begins: what nothing was ever done of is so far behind."""
+    entries = cast("list[tuple[bytes, Any]]", client.xrange(log, count=1))
+    return parse_id(entries[0][0]) if entries else FIRST

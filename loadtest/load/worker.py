@@ -1,7 +1,7 @@
 """A Locust process that has users: hears from the conductor, holds the traffic, sends what it has seen.
 
     prepare {spec, deployment, index, count} -> Traffic; begin {begin_ms}; cease {}; finish {}
-    every two seconds: seen {record, filled, known, idle, problem}
+    every second: seen {record, filled, known, idle, problem}
 
 Locust calls listeners of messages from its own greenlets; alone (no workers), it hands them over in the process.
 """

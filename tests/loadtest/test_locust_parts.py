@@ -331,8 +331,11 @@ def test_a_request_that_is_refused_for_good_is_given_up_at_once() -> None:
     sender._http = cast(Any, Server())
     traffic.put(request(1.0), 1.0)
     sender._next()
-    assert traffic.recorder.counted("pings unsent") == 10
-    assert traffic.waiting == 0
+    assert list(traffic.recorder.failures["POST /v1/pings [json]"]) == [
+        "401 unauthorized",
+        "given up: 401 unauthorized",
+    ]
+    assert traffic.recorder.counted("pings accepted") == traffic.waiting == 0
 
 
 def test_a_request_is_given_up_when_nobody_takes_it() -> None:
@@ -347,7 +350,8 @@ def test_a_request_is_given_up_when_nobody_takes_it() -> None:
     traffic.put(request(1.0), 1.0)
     while traffic.waiting:
         sender._next()
-    assert traffic.recorder.counted("pings unsent") == 10
+    assert "given up: 503 busy" in traffic.recorder.failures["POST /v1/pings [json]"]
+    assert traffic.recorder.counted("pings accepted") == 0
     assert traffic.clock_s <= 1.0 + GIVE_UP_S
 
 
@@ -460,7 +464,7 @@ def test_a_deployment_shows_no_key_and_its_file_is_its_owners_alone(tmp_path: Pa
 # ---- verdicts
 
 
-def canned(latency_ms: float = 20.0, account: Account = CLEAN, **more: Any) -> dict[str, Any]:
+def canned(latency_ms: float = 20.0, account: Account = CLEAN, told: int = 2_500, **more: Any) -> dict[str, Any]:
     """A run of 20 s, a request each 0.1 s, two alerts, everything measured."""
     recorder = Recorder()
     for tenth in range(200):
@@ -470,6 +474,7 @@ def canned(latency_ms: float = 20.0, account: Account = CLEAN, **more: Any) -> d
         recorder.request("E2E ping to push", 3 * latency_ms, at_s)
         recorder.count("pings due", 100, at_s)
         recorder.count("pings accepted", 100, at_s)
+    recorder.count("devices told", told, 2.1)
     recorder.request("POST /v1/alerts", 50.0, 2.0)
     for number, alert_id in enumerate(("a1", "a2")):
         recorder.published[alert_id] = {"number": number, "due_ms": 2_000.0, "answered_ms": 2_050.0}
@@ -496,7 +501,7 @@ def canned(latency_ms: float = 20.0, account: Account = CLEAN, **more: Any) -> d
         for at in range(21)
     ]
     spec = RunSpec.of(more.pop("scenario", "steady"), minutes=1 / 3)
-    return summarise(spec, recorder, samples, account, load_s=20.0, **more)
+    return summarise(spec, recorder, samples, account, **{"load_s": 20.0, **more})
 
 
 def test_a_clean_run_passes_with_these_figures() -> None:
@@ -688,6 +693,17 @@ def test_steps_that_all_hold_have_no_limit() -> None:
     stepper.finish()
     found = stepper.to_json()
     assert (found["held_per_s"], found["broken_per_s"], found["gave_way"]) == (2_000.0, None, "nothing gave way")
+
+
+def test_a_run_that_told_nobody_fails() -> None:
+    found = canned(told=0)
+    assert [row["name"] for row in found["thresholds"] if row["verdict"] == "missed"] == ["devices_told"]
+    assert not found["passed"]
+
+
+def test_a_step_that_was_not_played_to_its_end_has_not_held() -> None:
+    found = canned(stepper=stepped(lag_ms=0.0), load_s=10.0)
+    assert found["values"]["held_pings_per_s"] == 1_000.0
 
 
 def test_a_stepping_run_passes_when_something_gave_way_and_nobody_was_missed(tmp_path: Path) -> None:
