@@ -14,6 +14,7 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 ALARM_KINDS: dict[str, str] = {
+    "no_flow": "no flow process publishes; nobody is told of anything until one runs",
     "server_down": "the server does not answer; everything waits, and goes on by itself",
     "supervisor": "the embedded server cannot be started again",
     "disk": "the disk of the embedded server is nearly full; pings are held back",

@@ -11,10 +11,14 @@ A figure has one name everywhere: what it is, its unit last, and behind a colon 
     pings_turned_away_per_s:{reason}               not taken by gateways, which the partner was told
     matches_per_s                                  phones told of an alert; below 20 in the time looked at: 0
     publish_to_queue_p50_ms, _p99_ms               publication, edit, close or growth -> its pushes are in the queues
-    ping_to_queue_p50_ms, _p99_ms                  a ping that met a ring -> its push is in the queue
-    lag_ms, lag_ms:{shard}                         age of the first log entry whose pushes are not written; the largest
-    queue_entries:{partner}, queue_pending:{partner}     entries in its queues; of them handed over, not acknowledged
-    queue_oldest_ms, queue_oldest_ms:{partner}     age of the oldest entry that is not acknowledged; the largest
+    ping_to_queue_p50_ms, _p99_ms                  a ping that met a ring -> its push is in the queue; both of 20 phones
+                                                   at least in the time looked at
+    lag_ms, lag_ms:{shard}                         age of the first log entry whose pushes are not written; the largest,
+                                                   also of shards that no process tells of, as gateways see them
+    queue_entries:{partner}, queue_pending:{partner}     entries in its queues; of them handed over, not acknowledged;
+                                                   in tens, below 20: 0
+    queue_oldest_ms, queue_oldest_ms:{partner}     age of the oldest entry that is not acknowledged; the largest; below
+                                                   a minute: 0
     dead_letters, dead_letters:{partner}           set aside since the processes that run now began
     checkpoint_age_ms, checkpoint_age_ms:{shard}   of the newest checkpoint; the largest
     server_memory_bytes, server_memory_max_bytes   of the Valkey server; the largest it may be
@@ -27,6 +31,9 @@ A figure has one name everywhere: what it is, its unit last, and behind a colon 
 A figure that nobody knows is not there. A rate is made process by process, over the time between that process's own
 two snapshots: whoever ended in between gives none, whoever began counts from its beginning, and so no rate is negative
 and none leaps when a process ends.
+
+Nothing here points at few phones. With one alert open, a first match, a latency where there was none, a queue that is
+longer by one or has an oldest entry all say the same: a phone has just come into its ring.
 """
 
 from __future__ import annotations
@@ -42,6 +49,9 @@ WINDOW_S = 5.0
 """Between the two looks: each process publishes once a second, so over less the figures would dance."""
 BEGAN_S_MAX = 2 * WINDOW_S
 """So young is a process that began between the two looks."""
+OLDEST_SHOWN_MS = 60_000
+"""As old as the density of the map is when it is shown."""
+NO_FLOW = Alarm("no_flow", "", "no flow process publishes: nobody is told of anything until one runs")
 LATENCIES = {"publish_to_queue": "publish_to_queue_ms", "ping_to_queue": "ping_to_queue_ms"}
 """Figures -> histograms."""
 
@@ -55,9 +65,9 @@ DESCRIPTIONS: dict[str, str] = {
     "ping_to_queue_p50_ms": "From a ping that met a ring until its push is in the queue: median.",
     "ping_to_queue_p99_ms": "The same, 99 of 100.",
     "lag_ms": "Age of the first log entry whose pushes are not written yet: the largest; by shard.",
-    "queue_entries": "Entries in the queues; by partner.",
-    "queue_pending": "Of them handed over and not acknowledged; by partner.",
-    "queue_oldest_ms": "Age of the oldest entry that is not acknowledged: the largest; by partner.",
+    "queue_entries": "Entries in the queues, in tens, none below 20; by partner.",
+    "queue_pending": "Of them handed over and not acknowledged, likewise; by partner.",
+    "queue_oldest_ms": "Age of the oldest entry that is not acknowledged, from a minute on: the largest; by partner.",
     "dead_letters": "Pushes set aside because nobody could deal with them, since the processes began; by partner.",
     "checkpoint_age_ms": "Age of the newest checkpoint: the largest; by shard.",
     "server_memory_bytes": "What the Valkey server has in use.",
@@ -89,20 +99,23 @@ class ViewFigures:
 def view_figures(before: Stats, now: Stats, at_ms: int) -> ViewFigures:
     """Figures of the time between two looks; levels are those of the second one."""
     if not now.processes:
-        return ViewFigures(at_ms, {"flow_processes": 0, "gateway_processes": 0})
+        return ViewFigures(at_ms, {"flow_processes": 0, "gateway_processes": 0}, (NO_FLOW,))
     found: dict[str, float] = {
         "flow_processes": now.process_count,
         "gateway_processes": sum(process.role == GATEWAY for process in now.processes.values()),
     }
     found |= _rates(before, now)
     for figure, histogram in LATENCIES.items():
-        counts = _bucket_increases(before, now, histogram)
+        counts = _bucket_increases(before, now, histogram)  # a count is a phone
+        if sum(counts) < SHOWN_MIN:
+            continue
         for name, quantile in (("p50", 0.5), ("p99", 0.99)):
             value = quantile_of(counts, quantile)
             if value is not None:
                 found[f"{figure}_{name}_ms"] = min(value, BUCKETS_MS[-1])
     found |= _levels(now)
-    return ViewFigures(at_ms, found, tuple(sorted(set(now.alarms))))
+    alarms = set(now.alarms) if now.process_count else {*now.alarms, NO_FLOW}
+    return ViewFigures(at_ms, found, tuple(sorted(alarms)))
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
@@ -185,10 +198,18 @@ def _bucket_increases(before: Stats, now: Stats, name: str) -> list[int]:
 def _levels(now: Stats) -> dict[str, float]:
     found: dict[str, float] = {}
     found |= _with_largest("lag_ms", now.largest_by("lag_ms", "shard"))
+    behind_ms = now.gauge("intake_flow_lag_ms")
+    if behind_ms is not None:
+        found["lag_ms"] = max(behind_ms, found.get("lag_ms", 0.0))
     found |= _with_largest("checkpoint_age_ms", now.largest_by("checkpoint_age_ms", "shard"))
-    found |= _with_largest("queue_oldest_ms", now.largest_by("queue_oldest_unacknowledged_ms", "partner"))
+    oldest = now.largest_by("queue_oldest_unacknowledged_ms", "partner")
+    shown = {partner: age_ms if age_ms >= OLDEST_SHOWN_MS else 0.0 for partner, age_ms in oldest.items()}
+    found |= _with_largest("queue_oldest_ms", shown)
     for name in ("queue_entries", "queue_pending"):
-        by_partner = now.by_label(name, "partner")
+        by_partner = {
+            partner: count // 10 * 10 if count >= SHOWN_MIN else 0.0
+            for partner, count in now.by_label(name, "partner").items()
+        }
         if by_partner:
             found |= _with_sum(name, by_partner)
     found |= _with_sum("dead_letters", now.by_label("dead_letters_total", "partner"))

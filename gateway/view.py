@@ -47,6 +47,8 @@ from gateway.view_models import EVENTS, AlertCover, DensityMap, HistoryAnswer, T
 __all__ = ["router", "start"]
 
 WAIT_S = 0.25
+FIRST_AGE_MS_MAX = 2_500
+"""Figures that are older are not sent to whoever has just connected."""
 """A stream looks so often whether the gateway is stopping."""
 KEY_CHECKED_EVERY_S = 10.0
 """A stream whose key is not valid any more ends within this time."""
@@ -169,6 +171,9 @@ async def _events(
         "name": caller.name,
     }
     sent = Latest()
+    if hub.now_ms() - hub.latest.figures_at_ms > FIRST_AGE_MS_MAX:
+        # The server may be away: old figures would pass for its being there. The next ones come at once, if it is.
+        sent.figures_number = hub.latest.figures_number
     yield event_bytes("hello", orjson.dumps(hello)) + _news(hub.latest, sent, scope)
     started_s = sent_s = checked_s = time.monotonic()
     while not gateway.stopping.is_set():
@@ -198,7 +203,7 @@ def _news(latest: Latest, sent: Latest, scope: str) -> bytes:
     news = b""
     if latest.figures_number > sent.figures_number:
         sent.figures_number = latest.figures_number
-        news += event_bytes("figures", latest.figures)
+        news += event_bytes("figures", latest.figures_of_parts if scope else latest.figures)
     if latest.alerts_number > sent.alerts_number:
         sent.alerts_number = latest.alerts_number
         shown = b",".join(alert for division, alert in latest.alerts if division.startswith(scope))
@@ -289,8 +294,6 @@ def cover(request: Request, caller: ViewerDep, alert_id: AlertIdPath, _if_none_m
     body: dict[str, Any] = {
         "alert_id": alert.alert_id,
         "revision": alert.revision,
-        # The moment from which this ring holds would do; what is asked for within a second gets the same bytes.
-        "at_ms": now_ms // 1000 * 1000,
         "resolution": ZONE_RESOLUTION,
         **_ring(alert.lat, alert.lng, ring.km),
         "next": None,

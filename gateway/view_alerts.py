@@ -28,6 +28,7 @@ from gateway.cases import read_cases
 from gateway.handover import ACKNOWLEDGED, DELIVERED, handed_field, handed_key
 from gateway.jurisdiction import MINISTRY
 from gateway.phone_counts import shown_count
+from gateway.view_history import TOO_SMALL
 from geoindex.entries import Settings
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class OpenAlerts:
             del self._known[alert_id]
 
     def _take(self, alert_ids: list[str], now_ms: int) -> None:
-        found = {alert_id: self._desk.show(alert_id) for alert_id in alert_ids}
+        found = dict(zip(alert_ids, self._desk.show_each(alert_ids), strict=True))
         followed = [name for name, desk in found.items() if desk is not None and _is_followed(desk, now_ms)]
         for alert_id, case in zip(followed, read_cases(self._client, followed), strict=True):
             desk = cast(DeskAlert, found[alert_id])
@@ -191,7 +192,9 @@ class OpenAlerts:
                 pipeline.xadd(key, cast(Any, fields), id=f"{step_ms}-1", maxlen=TOLD_POINTS_MAX)
                 pipeline.expire(key, TOLD_KEPT_S)
             # Another gateway may have written the same step: then that stands.
-            pipeline.execute(raise_on_error=False)
+            for written in pipeline.execute(raise_on_error=False):
+                if isinstance(written, Exception) and TOO_SMALL not in str(written):
+                    raise written
         for alert_id, now in changed.items():
             self._known[alert_id].recorded = now
 

@@ -31,7 +31,7 @@ NAMES_MAX = 10_000
 """Names of one step: above, somebody has a great many partners or shards; what comes last is left out."""
 
 F32 = npt.NDArray[np.float32]
-_TOO_SMALL = "equal or smaller"
+TOO_SMALL = "equal or smaller"
 
 
 def write_step(client: redis.Redis, step_ms: int, figures: Mapping[str, float]) -> bool:
@@ -47,7 +47,7 @@ def write_step(client: redis.Redis, step_ms: int, figures: Mapping[str, float]) 
         pipeline.xadd(HISTORY_KEY, cast(Any, fields), id=f"{step_ms}-1", minid=step_ms - KEPT_MS, approximate=False)
         _, written = pipeline.execute(raise_on_error=False)
     if isinstance(written, redis.RedisError):
-        if _TOO_SMALL in str(written):
+        if TOO_SMALL in str(written):
             return False
         raise written
     return True

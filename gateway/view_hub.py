@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -65,6 +65,9 @@ class Latest:
     """What stands to be sent; each kind with a number that grows with it."""
 
     figures: bytes = b""
+    figures_of_parts: bytes = b""
+    """For those whose jurisdiction is a part of the country: without alarms that name an alert."""
+    figures_at_ms: int = 0
     figures_number: int = 0
     alerts: list[tuple[str, bytes]] = field(default_factory=list)
     """Division and JSON object of each."""
@@ -185,6 +188,8 @@ class ViewHub:
         self._samples.append((at_ms, stats))
         latest = self.latest
         latest.figures = figures_json(figures)
+        latest.figures_of_parts = figures_json(without_alerts(figures))
+        latest.figures_at_ms = at_ms
         latest.figures_number += 1
         self._tell()
         step_ms = at_ms // STEP_MS * STEP_MS
@@ -272,6 +277,11 @@ def figures_json(figures: ViewFigures) -> bytes:
             "alarms": [alarm_json(alarm) for alarm in figures.alarms],
         }
     )
+
+
+def without_alerts(figures: ViewFigures) -> ViewFigures:
+    """Figures for whoever may not see every alert: the others' are not named to them."""
+    return replace(figures, alarms=tuple(alarm for alarm in figures.alarms if alarm.kind != "alert_moved"))
 
 
 def alarm_json(alarm: Alarm) -> Mapping[str, Any]:

@@ -142,14 +142,20 @@ class CounterSums:
         self.sums_ms: dict[str, float] = {}
 
     def add(self, stats: Stats) -> None:
-        """Take up what has been counted since the last call; the first time, everything."""
+        """Take up what has been counted since the last call; the first time, of those that have just begun.
+
+        Sums begin near 0, as those of a process that begins do: Prometheus then adds nothing at a gateway's start.
+        """
         with self._lock:
             newest_ms = max((process.at_ms for process in stats.processes.values()), default=0)
-            for name, process in stats.processes.items():
-                self._add(self._last.get(name), process)
-                self._last[name] = process
             if self._since_ms is None and stats.processes:
                 self._since_ms = newest_ms
+            for name, process in stats.processes.items():
+                last = self._last.get(name)
+                if last is not None and process.at_ms < last.at_ms:
+                    continue  # whoever looked later was faster
+                self._add(last, process)
+                self._last[name] = process
             for name in [name for name, last in self._last.items() if last.at_ms < newest_ms - FORGOTTEN_MS]:
                 del self._last[name]
 
@@ -157,10 +163,8 @@ class CounterSums:
         if last is not None and last.started_ms != now.started_ms:
             last = None
         elif last is None and self._since_ms is not None and now.started_ms < self._since_ms - BEGAN_MS:
-            # It was silent when this began to look, and what it counted before that is no increase.
+            # What it counted before this began to look is no increase.
             last = now
-        if last is not None and now.at_ms < last.at_ms:
-            return
         for key, number in now.counters.items():
             known = 0.0 if last is None else last.counters.get(key, 0.0)
             self.counters[key] = self.counters.get(key, 0.0) + max(0.0, number - known)

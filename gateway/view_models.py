@@ -131,7 +131,6 @@ class AlertCover(CoverCells):
 
     alert_id: AlertId
     revision: int = Field(ge=1)
-    at_ms: Ms
     resolution: int = Field(description="Of the edge cells, and the finest of the inside ones.", examples=[5])
     next: NextCover | None = Field(description="null: it does not grow any more.")
 

@@ -157,7 +157,7 @@ class StandIn:
             alert = next(alert for alert in self._alerts if alert["id"] == alert_id)
             shape = cover_shape(alert["location"]["lat"], alert["location"]["lng"], alert["ring_km"])
             body = {"ring_km": alert["ring_km"], "inside": shape.inside, "edge": shape.edge, "next": None}
-            about = {"alert_id": alert_id, "revision": 1, "at_ms": self._start_ms, "resolution": ZONE_RESOLUTION}
+            about = {"alert_id": alert_id, "revision": 1, "resolution": ZONE_RESOLUTION}
             self._covers[alert_id] = orjson.dumps(about | body)
         return Response(self._covers[alert_id])
 

@@ -19,8 +19,8 @@ QUIET = "·"
 """Where nothing is known."""
 
 
-def screen(look: Look, now_s: float, now_ms: int, width: int, height: int) -> list[Text]:
-    """At most `height` lines of at most `width` columns. `now_s`: as `Look.seen_s`; `now_ms`: since 1970."""
+def screen(look: Look, now_s: float, width: int, height: int) -> list[Text]:
+    """At most `height` lines of at most `width` columns. `now_s`: as `Look.seen_s`."""
     figures: Mapping[str, float] = {} if look.figures is None else look.figures.figures
     lines = [_title(look, figures)]
     if look.is_stale(now_s):
@@ -29,6 +29,8 @@ def screen(look: Look, now_s: float, now_ms: int, width: int, height: int) -> li
     lines += _totals(figures, width)
     left = height - len(lines)
     partners = _partner_rows(figures)
+    # By the server's clock, whatever this machine's says.
+    now_ms = 0 if look.figures is None else look.figures.at_ms + round(1000 * (now_s - look.seen_s))
     alerts = _alert_rows(look, now_ms)
     # Each table gets what it needs; where that is too much, the alerts half of it at least.
     shown_alerts = _fitted(alerts, max(left // 2, left - len(partners)), "alerts")

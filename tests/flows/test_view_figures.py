@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows.metrics import BUCKETS_MS, Stats
-from flows.view_figures import DESCRIPTIONS, ViewFigures, view_figures
+from flows.view_figures import DESCRIPTIONS, NO_FLOW, ViewFigures, view_figures
 
 
 def snapshot(process: str, at_ms: int, counters: dict[tuple[str, str, str], float], **more: Any) -> dict[str, Any]:
@@ -98,10 +98,41 @@ def test_quantiles_are_those_of_the_time_between_the_looks() -> None:
     found = figures([latency(0, {40: 10**6})], [latency(5_000, {4: 98, 8: 2, 40: 10**6})])
     assert (found["ping_to_queue_p50_ms"], found["ping_to_queue_p99_ms"]) == (BUCKETS_MS[4], BUCKETS_MS[8])
     assert "publish_to_queue_p50_ms" not in found
-    nothing = figures([latency(0, {4: 1})], [latency(5_000, {4: 1})])
+    nothing = figures([latency(0, {4: 20})], [latency(5_000, {4: 20})])
     assert "ping_to_queue_p50_ms" not in nothing
-    beyond = figures([latency(0, {})], [latency(5_000, {len(BUCKETS_MS): 1})])
+    beyond = figures([latency(0, {})], [latency(5_000, {len(BUCKETS_MS): 20})])
     assert beyond["ping_to_queue_p99_ms"] == BUCKETS_MS[-1]
+
+
+@pytest.mark.parametrize(("phones", "is_shown"), [(1, False), (19, False), (20, True)])
+def test_a_latency_of_fewer_than_20_phones_does_not_tell_of_them(phones: int, is_shown: bool) -> None:
+    found = figures([latency(0, {4: 7})], [latency(5_000, {4: 7 + phones})])
+    assert ("ping_to_queue_p50_ms" in found) == is_shown
+
+
+@pytest.mark.parametrize(("entries", "shown"), [(0, 0), (1, 0), (19, 0), (20, 20), (29, 20), (1_234, 1_230)])
+def test_a_queue_does_not_tell_of_few_entries(entries: int, shown: int) -> None:
+    gauges = [[name, {"partner": "amap", "shards": "0-7"}, entries] for name in ("queue_entries", "queue_pending")]
+    found = figures([], [snapshot("a", 1, {}, gauges=gauges)])
+    assert {found[name] for name in ("queue_entries:amap", "queue_entries", "queue_pending:amap")} == {shown}
+
+
+@pytest.mark.parametrize(("age_ms", "shown"), [(1, 0), (59_999, 0), (60_000, 60_000)])
+def test_an_entry_that_is_not_acknowledged_is_told_after_a_minute(age_ms: int, shown: int) -> None:
+    gauges = [["queue_oldest_unacknowledged_ms", {"partner": "amap", "shards": "0-7"}, age_ms]]
+    assert figures([], [snapshot("a", 1, {}, gauges=gauges)])["queue_oldest_ms:amap"] == shown
+
+
+def test_a_shard_without_a_process_is_behind_as_gateways_see_it() -> None:
+    flow = snapshot("a", 1, {}, gauges=[["lag_ms", {"shard": "0"}, 5]])
+    gateway = snapshot("g", 1, {}, role="gateway", gauges=[["intake_flow_lag_ms", {}, 9_000]])
+    assert figures([], [flow, gateway])["lag_ms"] == 9_000
+
+
+def test_gateways_without_a_flow_raise_an_alarm() -> None:
+    gateway, flow = snapshot("g", 1, {}, role="gateway"), snapshot("a", 1, {})
+    assert view_figures(Stats(), Stats([gateway]), 1).alarms == (NO_FLOW,)
+    assert view_figures(Stats(), Stats([gateway, flow]), 1).alarms == ()
 
 
 def test_levels_are_sums_or_the_worst_of_several() -> None:
@@ -111,7 +142,7 @@ def test_levels_are_sums_or_the_worst_of_several() -> None:
         ["queue_entries", {"partner": "amap", "shards": "0-3"}, 10],
         ["queue_entries", {"partner": "amap", "shards": "4-7"}, 20],
         ["queue_pending", {"partner": "amap", "shards": "0-3"}, 3],
-        ["queue_oldest_unacknowledged_ms", {"partner": "amap", "shards": "0-3"}, 900],
+        ["queue_oldest_unacknowledged_ms", {"partner": "amap", "shards": "0-3"}, 90_000],
         ["queue_oldest_unacknowledged_ms", {"partner": "amap", "shards": "4-7"}, 100],
         ["server_disk_free_bytes", {}, 50],
         ["server_disk_bytes", {}, 100],
@@ -120,17 +151,19 @@ def test_levels_are_sums_or_the_worst_of_several() -> None:
     ]
     found = figures([], [snapshot("a", 1, {}, gauges=gauges, memory_bytes=77)])
     assert (found["lag_ms"], found["lag_ms:0"], found["lag_ms:1"]) == (70, 5, 70)
-    assert (found["queue_entries"], found["queue_entries:amap"], found["queue_pending:amap"]) == (30, 30, 3)
-    assert (found["queue_oldest_ms"], found["queue_oldest_ms:amap"]) == (900, 900)
+    assert (found["queue_entries"], found["queue_entries:amap"], found["queue_pending:amap"]) == (30, 30, 0)
+    assert (found["queue_oldest_ms"], found["queue_oldest_ms:amap"]) == (90_000, 90_000)
     assert (found["disk_free_bytes"], found["disk_free_share"]) == (20, 0.1)
     assert found["flow_memory_bytes"] == 77
 
 
 def test_nobody_there_is_told_as_such_and_nothing_is_invented() -> None:
-    assert view_figures(Stats(), Stats(), 7) == ViewFigures(7, {"flow_processes": 0, "gateway_processes": 0})
+    assert view_figures(Stats(), Stats(), 7) == ViewFigures(
+        7, {"flow_processes": 0, "gateway_processes": 0}, (NO_FLOW,)
+    )
 
 
 def test_every_figure_is_described() -> None:
     gauges = [["lag_ms", {"shard": "0"}, 5]]
-    found = figures([latency(0, {})], [latency(5_000, {4: 1}) | {"gauges": gauges, "memory_bytes": 1}])
+    found = figures([latency(0, {})], [latency(5_000, {4: 20}) | {"gauges": gauges, "memory_bytes": 1}])
     assert {name.partition(":")[0] for name in found} <= DESCRIPTIONS.keys()

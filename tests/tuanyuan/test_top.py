@@ -70,12 +70,12 @@ def alert(index: int, **more: Any) -> dict[str, Any]:
 
 def look(alerts: int = 2, alarms: int = 0, **more: Any) -> Look:
     found = tuple(Alarm("queue_unread", f"partner-{index}", "does not read its queue") for index in range(alarms))
-    figures = ViewFigures(NOW_MS, FIGURES, found)
+    figures = ViewFigures(NOW_MS - 1_000, FIGURES, found)  # seen a second before `lines` looks
     return replace(Look(figures, tuple(map(alert, range(alerts))), 100.0), **more)
 
 
 def lines(seen: Look, width: int = 80, height: int = 24, now_s: float = 101.0) -> list[str]:
-    return [line.plain for line in screen(seen, now_s, NOW_MS, width, height)]
+    return [line.plain for line in screen(seen, now_s, width, height)]
 
 
 def test_everything_that_matters_fits_80_columns_and_24_lines() -> None:

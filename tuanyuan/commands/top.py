@@ -65,7 +65,7 @@ def top(
         with _keys() as is_key, Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
             while True:
                 width, height = console.size
-                lines = screen(looker.newest, time.monotonic(), round(1000 * time.time()), width, height)
+                lines = screen(looker.newest, time.monotonic(), width, height)
                 live.update(Group(*lines), refresh=True)
                 if is_key(DRAWN_EVERY_S):
                     return
@@ -87,7 +87,7 @@ def _print_once(looker: Looker, json: bool) -> None:
         sys.stdout.buffer.flush()
         return
     rows = sum(len(part) for part in (look.alerts, look.figures.figures if look.figures else ()))
-    for line in screen(look, time.monotonic(), round(1000 * time.time()), console.width, 30 + rows):
+    for line in screen(look, time.monotonic(), console.width, 30 + rows):
         console.print(line, highlight=False, no_wrap=True, overflow="ellipsis")
 
 

@@ -112,6 +112,9 @@ class Page {
   private state: Connection = 'connecting'
   private lastFigures: FiguresEvent | null = null
   private mapAtMs: number | null = null
+  /** Of the newest map that the gateway has told of; fetched again until it is shown. */
+  private mapToldMs: number | null = null
+  private fetchesMap = false
   private serverMs = Date.now()
   private serverAt = performance.now()
   private readonly covered = new Map<string, string>()
@@ -384,10 +387,13 @@ class Page {
   // --- map and covers ----------------------------------------------------------------------------------------------
 
   private async fetchMap({ at_ms }: MapEvent): Promise<void> {
-    this.mapAtMs = at_ms
+    this.mapToldMs = at_ms
+    if (this.fetchesMap) return
+    this.fetchesMap = true
     const density = await this.api.ask<DensityMap>('/v1/view/map').catch(() => null)
+    this.fetchesMap = false
     if (density === null) return
-    this.mapAtMs = density.at_ms
+    this.mapAtMs = this.mapToldMs = density.at_ms
     this.map?.setDensity(density)
     this.writeMapTime()
   }
@@ -424,6 +430,7 @@ class Page {
   // --- every second ------------------------------------------------------------------------------------------------
 
   private tick(): void {
+    if (this.mapToldMs !== null && this.mapToldMs !== this.mapAtMs) void this.fetchMap({ at_ms: this.mapToldMs })
     const nowMs = this.nowMs()
     setText(this.time, clock(nowMs))
     setText(this.date, day(nowMs))

@@ -76,7 +76,6 @@ export interface CoverCells {
 export interface AlertCover extends CoverCells {
   alert_id: string
   revision: number
-  at_ms: number
   resolution: number
   next: (CoverCells & { at_ms: number }) | null
 }
