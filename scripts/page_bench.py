@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 from gateway.page import FOLDER, PageFiles
 from gateway.view_cover import ZONE_RESOLUTION, cover_shape
-from scripts.screenshots import ARGUMENTS, CHROMIUM_NAMES
+from scripts.screenshots import CHROMIUM_ARGUMENTS, CHROMIUM_NAMES
 
 CELLS, RINGS = 10_000, 50
 PARTNERS = ("amap", "baidu", "chuxing", "dianxin", "ditu", "zhifu")
@@ -192,7 +192,7 @@ def main() -> None:
     compressed = sum(path.stat().st_size for path in FOLDER.rglob("*.gz"))
     print(f"compressed: {compressed / 1e6:.2f} MB, all of it loaded before the page is whole")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
         for stand_in in (StandIn(0, 0), StandIn()):
             with served(stand_in) as url, browser.new_context(viewport={"width": 1920, "height": 1080}) as context:
                 page = context.new_page()

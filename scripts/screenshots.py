@@ -23,7 +23,7 @@ from scripts.small_deployment import SmallDeployment
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
-ARGUMENTS = [
+CHROMIUM_ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"),
 ]
@@ -55,7 +55,7 @@ def main() -> None:
         key = deployment.accounts.add_officer("省厅 值班", "000000", "ministry").text
         with deployment.phones(World(1, PHONES), PINGS_PER_S):
             play(deployment.url, key)
-            browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+            browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
             take_all(browser, deployment.url, key)
             browser.close()
 

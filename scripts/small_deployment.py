@@ -16,14 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from flows.server import EmbeddedServer, connect
 from gateway.accounts import Accounts
 from gateway.client import Client
 from gateway.keys import Sealer
-from geoindex.columns import E7, PingBatch
 from loadtest.world import World
+from tuanyuan.commands.demo import hand_over
 from tuanyuan.connection import settings_of
 
 START_TIMEOUT_S = 90.0
@@ -119,22 +117,9 @@ class SmallDeployment:
         senders = [client.pings() for client in clients]
         stopping = threading.Event()
 
-        def hand_over(batch: PingBatch) -> None:
-            ids, ends = batch.id_bytes.tobytes(), batch.id_end.tolist()
-            names = [ids[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-            for partner, sender in enumerate(senders):
-                rows = np.flatnonzero(batch.partner == partner)
-                if len(rows):
-                    sender.add_columns(
-                        [names[row] for row in rows.tolist()],
-                        batch.lat_e7[rows] / E7,
-                        batch.lng_e7[rows] / E7,
-                        batch.observed_at_ms[rows],
-                    )
-
         def send() -> None:
             while not stopping.wait(0.2):
-                hand_over(world.batch(pings_per_s // 5, _now_ms()))
+                hand_over(world.batch(pings_per_s // 5, _now_ms()), senders)
 
         def take(client: Client) -> None:
             while not stopping.is_set():
@@ -142,7 +127,7 @@ class SmallDeployment:
                 client.acknowledge(push.id for push in pushes)
 
         for batch in world.first_sight(_now_ms(), BATCH):
-            hand_over(batch)
+            hand_over(batch, senders)
         for sender in senders:
             sender.flush(START_TIMEOUT_S)
         threads = [threading.Thread(target=take, args=(client,), daemon=True) for client in clients]

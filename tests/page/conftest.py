@@ -15,20 +15,9 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from loadtest.world import World
+from scripts.screenshots import CHROMIUM_ARGUMENTS, CHROMIUM_NAMES
 from scripts.small_deployment import SmallDeployment
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM_ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--use-gl=angle",
-    "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",  # WebGL without a graphics card
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 WAIT_MS = 30_000
 """For whatever a test waits for: a slow machine is no failure."""
 PHONES = 40_000

@@ -274,14 +274,14 @@ class _Demo:
         """Each partner's client gets the pings of its phones; it batches, compresses and sends them."""
         try:
             for batch in self._world.first_sight(_now_ms(), 65_536):
-                _hand_over(batch, senders)
+                hand_over(batch, senders)
             started_s, given = time.monotonic(), 0
             while self._streaming.is_set():
                 due = int((time.monotonic() - started_s) * self._rate)
                 if due - given < self._rate // 20:
                     time.sleep(0.01)
                     continue
-                _hand_over(self._world.batch(due - given, _now_ms()), senders)
+                hand_over(self._world.batch(due - given, _now_ms()), senders)
                 given = due
         finally:
             for sender in senders:
@@ -434,7 +434,7 @@ class _Demo:
         )
 
 
-def _hand_over(batch: PingBatch, senders: Sequence[PingSender]) -> None:
+def hand_over(batch: PingBatch, senders: Sequence[PingSender]) -> None:
     """A world's batch to the clients of the partners that know its phones."""
     ids = batch.id_bytes.tobytes()
     ends = batch.id_end.tolist()

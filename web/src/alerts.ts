@@ -91,7 +91,7 @@ export class AlertPanel {
   private readonly facts = h('dl', { class: 'facts' })
   private readonly ring = h('p', { class: 'big-ring', 'data-testid': 'panel-ring' })
   private readonly grows = h('p', { class: 'muted', 'data-testid': 'panel-grows' })
-  private readonly counts = new Map<string, HTMLElement>()
+  private readonly counts = new Map<'told' | 'delivered' | 'acknowledged', HTMLElement>()
   private readonly chart = new ToldChart()
   private readonly cover = h('p', { class: 'hint', 'data-testid': 'panel-cover' })
   private readonly words = h('div', { class: 'case', 'data-testid': 'panel-words' })
@@ -111,7 +111,7 @@ export class AlertPanel {
     private readonly nowMs: () => number,
     leave: () => void,
   ) {
-    const count = (name: 'told' | 'delivered' | 'acknowledged' | 'retracted'): HTMLElement => {
+    const count = (name: 'told' | 'delivered' | 'acknowledged'): HTMLElement => {
       const value = h('b', { 'data-testid': `panel-${name}` })
       this.counts.set(name, value)
       return h('div', {}, value, h('span', { class: 'muted', t: `count.${name}` }))
@@ -129,7 +129,7 @@ export class AlertPanel {
       },
       h('header', { class: 'bar' }, h('h2', {}, alert.status === 'exercise' ? h('span', { class: 'badge', t: 'status.exercise' }) : null, ' ', alert.id), h('button', { type: 'button', class: 'quiet', t: 'panel.back', 'data-testid': 'panel-back', onclick: leave })),
       h('div', { class: 'ringline' }, this.ring, this.grows),
-      h('div', { class: 'counts' }, count('told'), count('delivered'), count('acknowledged'), count('retracted')),
+      h('div', { class: 'counts' }, count('told'), count('delivered'), count('acknowledged')),
       h('h3', { t: 'panel.told_chart' }),
       this.chart.element,
       this.words,
@@ -183,7 +183,7 @@ export class AlertPanel {
     const isAnother = alert.revision !== this.alert.revision
     const hasMore = alert.told !== this.alert.told || alert.retracted !== this.alert.retracted
     this.alert = alert
-    for (const [name, value] of this.counts) setText(value, name === 'retracted' ? '–' : phones(alert[name as 'told']))
+    for (const [name, value] of this.counts) setText(value, phones(alert[name]))
     this.tick()
     if (isAnother) void this.askDetails()
     if (hasMore) this.isToldDue = true

@@ -200,11 +200,6 @@ export class AlertForm {
 
   // --- what it says ----------------------------------------------------------------------------------------------
 
-  /** Whether anything was typed that would be lost. */
-  static hasDraft(): boolean {
-    return sessionStorage.getItem(STORED) !== null
-  }
-
   static dropDraft(): void {
     sessionStorage.removeItem(STORED)
   }
