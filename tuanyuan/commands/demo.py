@@ -78,7 +78,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the world.")] = 1,
 ) -> None:
     """Watch a missing child's alert reach the phones around, its ring growing; then check every push."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     stream_s = max(STREAM_SECONDS_MIN, seconds - 2 * START_SECONDS)
     note(f"A world of {phones:,} phones by the population of real places, {rate:,} pings/s, for {stream_s:.0f} s ...")
     with (
@@ -105,9 +106,14 @@ def demo(
         raise typer.Exit(1)
 
 
-def _interrupted(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends the demo as Ctrl-C does: with its flow and its server."""
-    raise SystemExit(128 + signal.SIGTERM)
+_interrupted_by: list[int] = []
+"""Signals that came. Python drops what a handler raises while an object is finalized, so the signal is kept, too."""
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    """Ctrl-C and SIGTERM end the demo with its flow, its gateway and its server."""
+    _interrupted_by.append(number)
+    raise SystemExit(128 + number)
 
 
 class _Process:
@@ -212,6 +218,11 @@ class _Demo:
             self._streaming.clear()
             sender.join()
             self._settle(settings)
+        except BaseException:
+            # Whoever ends it early does not wait for pings and pushes that nobody will check.
+            for client in partners.values():
+                client.close(timeout_s=0)
+            raise
         finally:
             self._streaming.clear()
             self._pulling.clear()
@@ -262,6 +273,8 @@ class _Demo:
         return str(re.findall(r"http://\S+", said)[0])
 
     def _check(self) -> None:
+        if _interrupted_by:
+            raise SystemExit(128 + _interrupted_by[0])
         self._flow.check()
         if self._gateway is not None:
             self._gateway.check()
@@ -274,6 +287,8 @@ class _Demo:
         """Each partner's client gets the pings of its phones; it batches, compresses and sends them."""
         try:
             for batch in self._world.first_sight(_now_ms(), 65_536):
+                if not self._streaming.is_set():
+                    return
                 hand_over(batch, senders)
             started_s, given = time.monotonic(), 0
             while self._streaming.is_set():
