@@ -393,7 +393,10 @@ class DoneFollower:
         interval_s: float = DONE_INTERVAL_S,
         clock: Clock = CLOCK,
     ) -> None:
-        """`on_done(shard, log_id)` is called from the thread, whenever `done` has moved."""
+        """`on_done(shard, log_id)` is called from the thread at every look, whether `done` has moved or not.
+
+        A shard that replays from a checkpoint takes entries that were done long ago: no move of `done` tells of them.
+        """
         self._open_link = open_link
         self._shards = list(shards)
         self._on_done = on_done
@@ -423,7 +426,6 @@ class DoneFollower:
 
     def _run(self) -> None:
         link: Link | None = None
-        told: dict[int, bytes] = {}
         failures = 0
         while not self._stopping.wait(self._interval_s if failures == 0 else min(1.0, 0.02 * 2 ** min(failures, 6))):
             try:
@@ -439,8 +441,7 @@ class DoneFollower:
                 continue
             failures = 0
             for shard, raw in zip(self._shards, raws, strict=True):
-                if raw is not None and told.get(shard) != raw:
-                    told[shard] = raw
+                if raw is not None:
                     self._on_done(shard, parse_id(raw))
         if link is not None:
             link.close()

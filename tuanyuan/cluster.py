@@ -6,8 +6,9 @@ be in different processes.
     python -m bytewax.run "tuanyuan.cluster:flow()" -i 1 -a "127.0.0.1:2101;127.0.0.1:2102"
 
 All processes need the same `var`, where checkpoints are; SIGTERM to each ends the cluster cleanly. The cluster's port
-speaks pickle without asking who calls: loopback or a private network only. Independent processes (`tuanyuan run
---shards 0-3`) are faster, and one that dies stops no other.
+speaks pickle without asking who calls: loopback or a private network only. After a kill, what is replayed from the
+last checkpoint is not held back by the limit on entries in flight: memory for it must be there. Independent processes
+(`tuanyuan run --shards 0-3`) are faster, and one that dies stops no other.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from flows.log import (
     SettingsMismatch,
     add_partner,
     append_entry,
+    done_key,
     ensure_settings,
     format_id,
     last_id,
@@ -37,6 +38,7 @@ from flows.log import (
     trimmed_key,
 )
 from flows.metrics import Metrics
+from flows.queues import DoneFollower
 from flows.server import EmbeddedServer, Link, LinkOpener, connect, link_opener
 from flows.wire import PingColumns, decode_entry
 from geoindex.entries import AlertClose, Settings, Tick
@@ -449,6 +451,32 @@ def test_what_was_asked_for_before_a_seek_is_thrown_away(
     reader.step()
     assert [entry.log_id for entry in reader.take(1, 10)] == ids[2:]
     reader.stop()
+
+
+def test_a_replay_of_what_is_done_gets_credit_all_the_way(
+    client: redis.Redis, open_link: LinkOpener, logs: Settings
+) -> None:
+    """In a cluster credit comes from `done` alone, which stands still until the replay is past it."""
+    for _ in range(40):
+        append_entry(client, 1, CLOSE)
+    ids = [parse_id(raw_id) for raw_id, _ in stream(client, log_key(1))]
+    client.set(done_key(1), format_id(ids[-1]))
+    reader = Reading(open_link, {1: FIRST}, limits=ReaderLimits(in_flight_max=4)).reader
+    reader.start()
+    follower = DoneFollower(open_link, [1], reader.release, interval_s=0.001)
+    follower.start()
+    replayed: list[LogId] = []
+
+    def replay() -> bool:
+        replayed.extend(entry.log_id for entry in reader.take(1, 8))
+        return len(replayed) == len(ids)
+
+    try:
+        eventually(replay)
+    finally:
+        follower.stop()
+        reader.stop()
+    assert replayed == ids
 
 
 def test_lost_connection_to_the_same_run_loses_and_repeats_nothing(
