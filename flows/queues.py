@@ -59,6 +59,10 @@ BACKOFF_S = (0.02, 1.0)
 
 _TOO_SMALL = "equal or smaller"
 """What the server says of an id that is not larger than the last: that entry is there already."""
+_BEGUN = b"+OK\r\n"
+_QUEUED_AT_ONCE = 64
+_MANY_QUEUED = b"+QUEUED\r\n" * _QUEUED_AT_ONCE
+"""Answers to commands of a transaction, before EXEC: compared as bytes, without an object each."""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -267,10 +271,17 @@ class PushWriter:
     def _replies(self, link: Link, block: _Block) -> tuple[str | None, list[bool]]:
         """Why the block was not taken, or None; and for each XADD whether the entry is new. Reads every reply."""
         problem: str | None = None
-        for _ in range(block.push_count + 2):  # MULTI, the XADDs, EVAL: "OK" and "QUEUED"
-            reply = link.receive()
-            if isinstance(reply, redis.ResponseError) and problem is None:
-                problem = str(reply)
+        left = block.push_count + 2  # MULTI, the XADDs, EVAL
+        left -= link.skip(_BEGUN)
+        while left:
+            if left >= _QUEUED_AT_ONCE and link.skip(_MANY_QUEUED):
+                left -= _QUEUED_AT_ONCE
+                continue
+            for _ in range(min(left, _QUEUED_AT_ONCE)):
+                reply = link.receive()
+                left -= 1
+                if isinstance(reply, redis.ResponseError) and problem is None:
+                    problem = str(reply)
         results = link.receive()
         if isinstance(results, redis.ResponseError):
             return problem or str(results), []

@@ -89,6 +89,20 @@ class LinkParser:
             return error
         raise redis.InvalidResponse(f"a reply must begin with + - : $ or *, got {line[:32]!r}")
 
+    def skip(self, expected: bytes) -> bool:
+        """Whether exactly these bytes come next, which are whole replies. Then they are taken; else nothing is.
+
+        `expected`: smaller than the buffer. For answers that nearly always say the same: no object is made of them.
+        """
+        while self._stop - self._start < len(expected):
+            if not expected.startswith(self._view[self._start : self._stop]):
+                return False
+            self._fill()
+        if self._view[self._start : self._start + len(expected)] != expected:
+            return False
+        self._start += len(expected)
+        return True
+
     def _array(self, count: int) -> list[object]:
         """The parts of an array: short ones many at once, at a fifth of the time."""
         replies: list[object] = []

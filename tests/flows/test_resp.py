@@ -80,6 +80,41 @@ VALUES: list[Any] = [
 ]
 
 
+QUEUED = b"+QUEUED\r\n" * 5
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [QUEUED, b"+QUEUED\r\n" * 4 + b"-ERR no\r\n", b"-ERR other\r\n", b"+QUEUED\r\n" * 4 + b"+QUEUER\r\n", QUEUED + b":1\r\n"],
+)
+def test_what_was_expected_is_taken_whole_and_of_anything_else_nothing(sent: bytes) -> None:
+    for cut in range(1, len(sent)):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            parser = parser_of(ours)
+            theirs.sendall(sent[:cut])
+            sender = threading.Timer(0, lambda theirs=theirs, rest=sent[cut:]: theirs.sendall(rest))
+            sender.start()
+            assert parser.skip(QUEUED) == sent.startswith(QUEUED)
+            sender.join()
+            left = sent.removeprefix(QUEUED)
+            replies = [parser.read_response() for _ in range(left.count(b"\r\n"))]
+            assert [str(reply) for reply in replies if isinstance(reply, Exception)] == [
+                line[1:].removeprefix("ERR ") for line in left.decode().splitlines() if line.startswith("-")
+            ]
+            assert not parser.can_read(0)
+
+
+def test_a_link_that_breaks_says_so_where_replies_are_expected() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        parser = parser_of(ours)
+        theirs.sendall(QUEUED[:11])
+        theirs.close()
+        with pytest.raises(redis.ConnectionError):
+            parser.skip(QUEUED)
+
+
 def test_replies_are_read_wherever_they_are_cut() -> None:
     raw = b"".join(map(encoded, VALUES))
     assert replies_of([raw], len(VALUES)) == as_read(VALUES)
