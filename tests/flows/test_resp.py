@@ -85,7 +85,13 @@ QUEUED = b"+QUEUED\r\n" * 5
 
 @pytest.mark.parametrize(
     "sent",
-    [QUEUED, b"+QUEUED\r\n" * 4 + b"-ERR no\r\n", b"-ERR other\r\n", b"+QUEUED\r\n" * 4 + b"+QUEUER\r\n", QUEUED + b":1\r\n"],
+    [
+        QUEUED,
+        b"+QUEUED\r\n" * 4 + b"-ERR no\r\n",
+        b"-ERR other\r\n",
+        b"+QUEUED\r\n" * 4 + b"+QUEUER\r\n",
+        QUEUED + b":1\r\n",
+    ],
 )
 def test_what_was_expected_is_taken_whole_and_of_anything_else_nothing(sent: bytes) -> None:
     for cut in range(1, len(sent)):
