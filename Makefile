@@ -39,7 +39,7 @@ demo: $(VENV)/.run ## Watch a missing child's alert reach the phones around, wit
 
 test: $(VENV)/.dev ## Run the tests
 	@$(BIN)/tuanyuan warmup
-	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at full size: about 25 minutes, alone on the machine
 	@$(BIN)/tuanyuan soak $(SOAK_ARGS)
