@@ -15,6 +15,8 @@ const EDGE = 4
 const GAP = 2
 /** Where a pointer is meant to hit: WCAG 2.2 asks for 24 × 24. */
 const TARGET = 24
+/** All countdowns change in the same moment; their labels do within some frames. */
+const PAINTED_AT_ONCE = 6
 
 export interface Mark {
   id: string
@@ -43,7 +45,9 @@ interface Placed extends DrawnMark {
 }
 
 interface Sprite {
-  key: string
+  /** What it looks like but for its words. */
+  shape: string
+  words: string
   canvas: HTMLCanvasElement
 }
 
@@ -68,6 +72,7 @@ export class Marks {
   private paint: Paint = { alert: '', exercise: '', ground: '', text: '', font: '' }
   private size = { width: 0, height: 0 }
   private ratio = 0
+  private painted = 0
   private asked = 0
 
   constructor(private readonly map: MapLibreMap) {
@@ -157,6 +162,7 @@ export class Marks {
       canvas.height = high
     } else context.clearRect(0, 0, wide, high)
     this.drawn = this.place(width, height)
+    this.painted = 0
     // The first one last: it lies on top.
     for (let index = this.drawn.length - 1; index >= 0; index -= 1) {
       const placed = this.drawn[index]
@@ -221,16 +227,24 @@ export class Marks {
   private sprite(part: string, mark: Mark, side: Side, width: number): Sprite {
     const isSelected = mark.id === this.selected
     const isHovered = mark.id === this.hovered
-    const key = `${side} ${width} ${mark.isExercise} ${isSelected} ${isHovered} ${side === 'bare' ? '' : mark.text}`
+    const shape = `${side} ${width} ${mark.isExercise} ${isSelected} ${isHovered}`
+    const words = side === 'bare' ? '' : mark.text
     const name = `${part}:${mark.id}`
     const known = this.sprites.get(name)
-    if (known?.key === key) return known
+    if (known?.shape === shape) {
+      if (known.words === words) return known
+      if (this.painted >= PAINTED_AT_ONCE) {
+        this.ask()
+        return known
+      }
+    }
+    this.painted += 1
     const canvas = known?.canvas ?? document.createElement('canvas')
     canvas.width = Math.ceil((width + 2 * OUTER) * this.ratio)
     canvas.height = Math.ceil((HEIGHT + 2 * OUTER) * this.ratio)
     const pen = canvas.getContext('2d')
     if (pen !== null) this.paintLabel(pen, mark, side, width, isSelected, isHovered)
-    const made = { key, canvas }
+    const made = { shape, words, canvas }
     this.sprites.set(name, made)
     return made
   }
