@@ -73,7 +73,7 @@ class Watched:
         self.hosts: set[str] = set()
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url.removeprefix("blob:")).netloc))
 
     def _hear(self, message: ConsoleMessage) -> None:
         # A cover may be asked for in the moment in which its alert is closed.
