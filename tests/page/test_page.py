@@ -205,7 +205,9 @@ def test_page_is_readable_on_a_phone(open_page: Opener, operator_key: str) -> No
 def test_mark_is_drawn_at_its_place_and_a_click_on_it_opens_the_alert(
     open_page: Opener, operator_key: str, desk: Desk, theme: str, status: str
 ) -> None:
-    alert_id = desk.publish(status=status, location={"lat": 45.0, "lng": 90.0})  # apart from the other tests' alerts
+    audience = ["amap"] if status == "exercise" else None
+    place = {"lat": 45.0, "lng": 90.0}  # apart from the other tests' alerts
+    alert_id = desk.publish(status=status, location=place, audience=audience)
     page = live(open_page(operator_key, handle=True, color_scheme=theme))
     mark = mark_of(page, alert_id)
     assert re.fullmatch(r"100 km → \d+ km [\d:]+", mark["text"])
