@@ -25,10 +25,11 @@ from gateway.runtime import Gateway, gateway_of
 
 FOLDER = Path(__file__).parent / "page"
 CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self' blob:; "
     "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""`data:` and `blob:` are pictures that the map's own style sheet and library hold."""
+"""`data:` and `blob:` are pictures that the map's own style sheet and library hold; `blob:` is also what the page
+itself has made for the map's worker to read. Neither leads anywhere."""
 MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",

@@ -1,21 +1,32 @@
 """What the operator's page costs: compressed bytes, frames per second, time of the main thread, memory over hours.
 
     python -m scripts.page_bench --hours 2
+    python -m scripts.page_bench --hours 0       # no memory: a minute and a half
 
 The page is asked to show 10,000 cells and 50 rings with their covers, by a stand-in for the gateway that sends the
-same events at any pace: hours pass within minutes. Frames depend on the graphics card; without one (SwiftShader) the
-processor draws them. So the same page is also shown with an empty map: what that costs is the browser's. What the page
-itself does in a frame is the script's time on the main thread, of which 60 frames a second leave 16.7 ms.
+same events at any pace: hours pass within minutes. The map pans and zooms for 10 s, with something else in every frame.
+A frame is one that the map has drawn (its `render` event), not a tick of the browser's clock.
+
+Frames depend on the graphics card; without one (SwiftShader) the processor draws them, on the cores that the page
+needs. So they are measured twice:
+
+* everything: the same page is also shown with an empty map, for what that costs is the browser's;
+* everything but the pixels. ANGLE has a back end that draws none (`--use-angle=null`); Chromium may refuse it, as
+  Debian's does ("gl=disabled"). Then WebGL's three drawing calls return at once, and whatever leads to them is done:
+  the page's scripts, style and layout, its workers, tiles, buffers, uniforms, states, the marks' canvas, and the
+  browser's own composition of the page. What a graphics card takes for its pixels is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import math
 import random
 import shutil
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -26,7 +37,7 @@ from typing import Any
 import h3
 import orjson
 import uvicorn
-from playwright.sync_api import CDPSession, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserType, CDPSession, Page, sync_playwright
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -41,7 +52,57 @@ PARTNERS = ("amap", "baidu", "chuxing", "dianxin", "ditu", "zhifu")
 SHARDS = 8
 DAY_MS = 86_400_000
 FRAMES_S = 10
+FRAME_MS = 1000 / 60
 MB = 1 << 20
+NULL_ARGUMENTS = [
+    *("--no-sandbox", "--ignore-gpu-blocklist", "--use-gl=angle", "--use-angle=null"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"),
+]
+HANDLE = "window.tuanyuanBench = true"
+DRAWS_NOTHING = """
+for (const name of ['drawElements', 'drawArrays', 'clear'])
+  WebGL2RenderingContext.prototype[name] = () => { window.drawsSwallowed = (window.drawsSwallowed ?? 0) + 1 }
+"""
+MOVE = """seconds => new Promise(resolve => {
+  const map = window.tuanyuanMap.map, start = map.getCenter(), zoom = map.getZoom(), begin = performance.now()
+  const times = [], seen = { density: 0, ring: 0, marks: Infinity }
+  let moved = 0, before = map.project(start), looked = 0
+  const count = () => {
+    times.push(performance.now())
+    const here = map.project(start)
+    moved += Number(Math.hypot(here.x - before.x, here.y - before.y) > 0.5)
+    before = here
+  }
+  map.on('render', count)
+  const step = () => {
+    const s = (performance.now() - begin) / 1000
+    if (s >= seconds) {
+      map.off('render', count)
+      resolve({ times, moved, seen })
+      return
+    }
+    if (s > (looked + 0.5) * seconds / 4) {
+      // Four times on the way; costs a frame each.
+      looked += 1
+      for (const layer of ['density', 'ring'])
+        seen[layer] = Math.max(seen[layer], map.queryRenderedFeatures({ layers: [layer] }).length)
+      seen.marks = Math.min(seen.marks, window.tuanyuanMap.marksShown().length)
+    }
+    map.jumpTo({
+      center: [start.lng + 6 * Math.sin(s * 1.9), start.lat + 4 * Math.sin(s * 1.3)],
+      zoom: zoom + 0.9 * Math.sin(s * 0.8),
+    })
+    requestAnimationFrame(step)
+  }
+  requestAnimationFrame(step)
+})"""
+HOLDS = """async () => {
+  const map = window.tuanyuanMap.map
+  const of = async name => (await map.getSource(name).getData()).features
+  const [cells, rings, covers] = [await of('density'), await of('rings'), await of('covers')]
+  return { cells: cells.length, rings: rings.filter(ring => ring.properties.kind === 'ring').length,
+           covers: new Set(covers.map(cell => cell.properties.id)).size }
+}"""
 
 
 class StandIn:
@@ -183,7 +244,7 @@ def served(stand_in: StandIn) -> Iterator[str]:
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=2.0, help="of the stream, for memory (default: 2)")
+    parser.add_argument("--hours", type=float, default=2.0, help="of the stream, for memory; 0: none (default: 2)")
     parser.add_argument("--pace", type=float, default=40.0, help="seconds of the stream per second (default: 40)")
     options = parser.parse_args()
     chromium = next((path for name in CHROMIUM_NAMES if (path := shutil.which(name)) is not None), None)
@@ -193,28 +254,61 @@ def main() -> None:
     print(f"compressed: {compressed / 1e6:.2f} MB, all of it loaded before the page is whole")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
-        for stand_in in (StandIn(0, 0), StandIn()):
-            with served(stand_in) as url, browser.new_context(viewport={"width": 1920, "height": 1080}) as context:
-                page = context.new_page()
-                session = context.new_cdp_session(page)
-                show(page, session, url, stand_in)
-                measure_frames(page, session)
-                if stand_in.cell_count:
-                    measure_memory(page, session, stand_in, options.hours, options.pace)
+        measure(browser, StandIn(0, 0), "everything")
+        measure(browser, StandIn(), "everything", options.hours, options.pace)
+        null = launch_null(playwright.chromium, chromium)
+        measure(null or browser, StandIn(), "everything but the pixels", draws_nothing=null is None)
         browser.close()
+        if null is not None:
+            null.close()
+
+
+def launch_null(chromium: BrowserType, path: str) -> Browser | None:
+    """With the back end that draws nothing; None if this Chromium does not have WebGL with it."""
+    # Playwright asks for the software renderer by itself, which would be taken instead.
+    ignored = ["--enable-unsafe-swiftshader"]
+    browser = chromium.launch(executable_path=path, args=NULL_ARGUMENTS, ignore_default_args=ignored)
+    found = renderer(page := browser.new_page())
+    page.close()
+    if "null" in found.lower():
+        return browser
+    browser.close()
+    print(f"ANGLE's null back end: refused by this Chromium (WebGL: {found}); WebGL's drawing calls return at once")
+    return None
+
+
+def measure(
+    browser: Browser, stand_in: StandIn, what: str, hours: float = 0, pace: float = 1, draws_nothing: bool = False
+) -> None:
+    """Show what the stand-in has, and measure frames; over so many hours memory, too."""
+    with served(stand_in) as url, browser.new_context(viewport={"width": 1920, "height": 1080}) as context:
+        page = context.new_page()
+        session = context.new_cdp_session(page)
+        page.add_init_script(HANDLE + (DRAWS_NOTHING if draws_nothing else ""))
+        show(page, session, url, stand_in)
+        print(f"measured: {what}")
+        measure_frames(page, session, stand_in)
+        if draws_nothing:
+            calls = page.evaluate("window.drawsSwallowed ?? 0")
+            assert calls > 0, "no drawing call was made"
+            print(f"drawing calls that drew nothing: {calls:,}")
+        if hours:
+            measure_memory(page, session, stand_in, hours, pace)
 
 
 def show(page: Page, session: CDPSession, url: str, stand_in: StandIn) -> None:
-    """Load the page and wait until all is drawn."""
-    page.add_init_script("window.tuanyuanBench = true")
+    """Load the page and wait until all is drawn; fails if the map does not hold it."""
     session.send("Performance.enable")
     page.goto(f"{url}/#key=ty_bench")
     page.locator(f'[data-testid="map"][data-cells="{stand_in.cell_count}"]').wait_for()
-    if stand_in.ring_count:
-        page.locator('[data-testid="alert-mark"]').nth(stand_in.ring_count - 1).wait_for()
-    page.wait_for_timeout(8_000)  # covers
-    what = f"{stand_in.cell_count:,} cells, {stand_in.ring_count} rings with covers"
-    print(f"shown: {what}, 1920 x 1080, {renderer(page)}", flush=True)
+    wanted = {"cells": stand_in.cell_count, "rings": stand_in.ring_count, "covers": stand_in.ring_count}
+    deadline_s = time.monotonic() + 60
+    while (held := page.evaluate(HOLDS)) != wanted:
+        assert time.monotonic() < deadline_s, f"the map's sources hold {held}, not {wanted}"
+        page.wait_for_timeout(500)
+    page.wait_for_timeout(4_000)  # tiles are made of them
+    shown = f"{held['cells']:,} cells, {held['rings']} rings, {held['covers']} covers in the map's sources"
+    print(f"shown: {shown}, 1920 x 1080, {renderer(page)}", flush=True)
 
 
 def renderer(page: Page) -> str:
@@ -222,7 +316,7 @@ def renderer(page: Page) -> str:
     return str(
         page.evaluate(
             """() => { const gl = document.createElement('canvas').getContext('webgl2')
-                       return gl.getParameter(gl.RENDERER) }"""
+                       return gl === null ? 'none' : gl.getParameter(gl.RENDERER) }"""
         )
     )
 
@@ -232,28 +326,28 @@ def metrics(session: CDPSession) -> dict[str, float]:
     return {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
 
 
-def measure_frames(page: Page, session: CDPSession) -> None:
-    """Pan in every frame."""
+def measure_frames(page: Page, session: CDPSession, stand_in: StandIn) -> None:
+    """Pan and zoom in every frame; fails if the map did not move, or if cells, rings or marks were not on it."""
     before = metrics(session)
-    frames = page.evaluate(
-        """seconds => new Promise(resolve => {
-             const map = window.tuanyuanMap, end = performance.now() + 1000 * seconds
-             let frames = 0
-             const step = () => {
-               map.panBy(Math.sin(frames / 40) * 6, Math.cos(frames / 40) * 4)
-               frames += 1
-               performance.now() < end ? requestAnimationFrame(step) : resolve(frames)
-             }
-             requestAnimationFrame(step) })""",
-        FRAMES_S,
-    )
+    made = page.evaluate(MOVE, FRAMES_S)
     after = metrics(session)
+    times, seen = made["times"], made["seen"]
+    assert made["moved"] >= 0.9 * len(times), f"the map moved in {made['moved']} of {len(times)} frames"
+    if stand_in.cell_count:
+        assert seen["density"] > 0, "no cell was on the map"
+        assert seen["ring"] > 0, "no ring was on the map"
+        assert seen["marks"] > 0, "no mark was on the map"
+    steps = sorted(later - earlier for earlier, later in itertools.pairwise(times))
+    median, p99 = statistics.median(steps), steps[int(0.99 * len(steps))]
+    late = sum(step > 1.5 * FRAME_MS for step in steps) / len(steps)
     names = ("TaskDuration", "ScriptDuration", "RecalcStyleDuration", "LayoutDuration")
-    spent, script, style, layout = (1000 * (after[name] - before[name]) / frames for name in names)
-    print(f"panning: {frames / FRAMES_S:.1f} frames/s")
+    spent, script, style, layout = (1000 * (after[name] - before[name]) / len(times) for name in names)
+    print(f"panning and zooming: {len(times) / FRAMES_S:.1f} frames/s drawn by the map, which moved in {made['moved']}")
+    print(f"between two frames: median {median:.1f} ms, p99 {p99:.1f} ms; {late:.1%} came a frame late or more")
+    print(f"seen on the way: {seen['density']:,} pieces of cells, {seen['ring']} of rings, {seen['marks']} marks")
     print(
-        f"main thread: {spent:.1f} ms a frame, of it script {script:.1f}, style {style:.1f}, layout {layout:.1f} ms; "
-        "the rest is the browser's, which waits for what draws (60 frames/s leave 16.7 ms)",
+        f"main thread: {spent:.1f} ms a frame, of it script {script:.1f}, style {style:.2f}, layout {layout:.2f} ms "
+        "(60 frames/s leave 16.7 ms; what is neither is the browser's)",
         flush=True,
     )
 

@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from loadtest.world import World
+from scripts.page_bench import HANDLE
 from scripts.screenshots import CHROMIUM_ARGUMENTS, CHROMIUM_NAMES
 from scripts.small_deployment import SmallDeployment
 
@@ -72,7 +73,7 @@ class Watched:
         self.hosts: set[str] = set()
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url.removeprefix("blob:")).netloc))
 
     def _hear(self, message: ConsoleMessage) -> None:
         # A cover may be asked for in the moment in which its alert is closed.
@@ -87,16 +88,19 @@ Opener = Callable[..., Page]
 def open_page(browser: Browser, deployment: SmallDeployment) -> Iterator[Opener]:
     """`open_page(key, locale=…)`: the page in a context of its own. Whatever a test does, nothing goes to other hosts.
 
-    `may_fail`: requests may, and the console may name them; it holds nothing else.
+    `may_fail`: requests may, and the console may name them; it holds nothing else. `handle`: `window.tuanyuanMap` is
+    the page's map, as for its benchmark.
     """
     opened: list[tuple[Page, Watched, bool]] = []
 
-    def opener(key: str | None = None, *, may_fail: bool = False, **options: Any) -> Page:
+    def opener(key: str | None = None, *, may_fail: bool = False, handle: bool = False, **options: Any) -> Page:
         options = {"locale": "en-GB", "viewport": {"width": 1600, "height": 1000}, **options}
         context = browser.new_context(**options)
         context.set_default_timeout(WAIT_MS)
         page = context.new_page()
         opened.append((page, Watched(page), may_fail))
+        if handle:
+            page.add_init_script(HANDLE)
         page.goto(deployment.url + ("" if key is None else f"/#key={key}"))
         return page
 

@@ -67,6 +67,21 @@ def row_of(page: Page, alert_id: str) -> Locator:
     return page.locator(f'[data-testid="alert-row"][data-alert="{alert_id}"]')
 
 
+def mark_of(page: Page, alert_id: str) -> dict[str, Any]:
+    """An alert's mark as it stands on the map now, in the map's pixels; waits until it is there."""
+    find = "id => window.tuanyuanMap?.marksShown().find(mark => mark.id === id)"
+    return cast("dict[str, Any]", page.wait_for_function(find, arg=alert_id).json_value())
+
+
+def features_of(page: Page, source: str, alert_id: str) -> list[dict[str, Any]]:
+    """What the map has been given of an alert; waits until it has something."""
+    find = """async ([source, id]) => {
+        const held = await window.tuanyuanMap?.map.getSource(source)?.getData()
+        const found = held?.features.filter(one => one.properties.id === id)
+        return found?.length ? found : null }"""
+    return cast("list[dict[str, Any]]", page.wait_for_function(find, arg=[source, alert_id]).json_value())
+
+
 def fill(page: Page, **values: str) -> None:
     """Type into fields of the form; `__` stands for a dot."""
     for name, value in values.items():
@@ -97,10 +112,10 @@ def test_page_loads_and_draws_the_map_and_every_chart(open_page: Opener, operato
         page.get_by_test_id(f"span-{minutes}").click()
         expect(page.get_by_test_id("chart-pings")).to_contain_text("amap")
     # Sea, land and coast at least: an empty canvas has one colour.
-    expect(page.locator(".map canvas")).to_be_visible()
+    expect(page.locator(".maplibregl-canvas")).to_be_visible()
     deadline_s = time.monotonic() + 30
     while True:
-        picture = Image.open(io.BytesIO(page.locator(".map canvas").screenshot())).convert("RGB")
+        picture = Image.open(io.BytesIO(page.locator(".maplibregl-canvas").screenshot())).convert("RGB")
         drawn = [colour for count, colour in cast(Any, picture.getcolors(1 << 24)) if count > 500]
         if len(drawn) > 1:
             break
@@ -180,6 +195,88 @@ def test_page_is_readable_on_a_phone(open_page: Opener, operator_key: str) -> No
     expect(page.get_by_test_id("alerts")).to_be_visible()
     width = page.evaluate("document.documentElement.scrollWidth")
     assert width <= 390, "nothing has to be scrolled sideways"
+
+
+# --- marks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["actual", "exercise"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_mark_is_drawn_at_its_place_and_a_click_on_it_opens_the_alert(
+    open_page: Opener, operator_key: str, desk: Desk, theme: str, status: str
+) -> None:
+    audience = ["amap"] if status == "exercise" else None
+    place = {"lat": 45.0, "lng": 90.0}  # apart from the other tests' alerts
+    alert_id = desk.publish(status=status, location=place, audience=audience)
+    page = live(open_page(operator_key, handle=True, color_scheme=theme))
+    mark = mark_of(page, alert_id)
+    assert re.fullmatch(r"100 km → \d+ km [\d:]+", mark["text"])
+    expected = page.evaluate("(({ x, y }) => [x, y])(window.tuanyuanMap.map.project([90, 45]))")
+    assert (mark["x"], mark["y"]) == pytest.approx(expected, abs=1)
+    map_box = page.locator(".map").bounding_box()
+    assert map_box
+    x, y = map_box["x"] + mark["x"], map_box["y"] + mark["y"]
+    shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    token = "exercise" if status == "exercise" else "alert"
+    colour = page.evaluate(f"getComputedStyle(document.documentElement).getPropertyValue('--{token}').trim()")
+    dot = cast("tuple[int, int, int]", shot.getpixel((round(x), round(y))))
+    assert "#{:02x}{:02x}{:02x}".format(*dot) == colour
+    assert page.locator(".map .maplibregl-marker").count() == 0, "an element would be laid out anew in each frame"
+    page.mouse.move(x, y)
+    expect(page.locator(".maplibregl-canvas-container")).to_have_css("cursor", "pointer")
+    page.mouse.click(x, y)
+    expect(page.get_by_test_id("panel")).to_have_attribute("data-alert", alert_id)
+    page.keyboard.press("Escape")
+    expect(row_of(page, alert_id)).to_be_visible()
+    desk.close(alert_id)
+    expect(row_of(page, alert_id)).to_have_count(0)
+    page.wait_for_function("id => !window.tuanyuanMap.marksShown().some(mark => mark.id === id)", arg=alert_id)
+
+
+@pytest.mark.parametrize("lng", [75.0, 104.0, 134.0])
+def test_label_is_whole_at_either_edge_of_a_phone(open_page: Opener, operator_key: str, desk: Desk, lng: float) -> None:
+    alert_id = desk.publish(location={"lat": 48.0, "lng": lng})
+    page = live(open_page(operator_key, handle=True, viewport={"width": 390, "height": 844}))
+    mark_of(page, alert_id)
+    width = page.locator(".map").evaluate("element => element.clientWidth")
+    # Selected, without the map's flying there: nothing else may take the label's place.
+    page.evaluate("id => window.tuanyuanMap.select(id)", alert_id)
+    page.wait_for_function(
+        "id => window.tuanyuanMap.marksShown().find(mark => mark.id === id)?.side !== 'bare'", arg=alert_id
+    )
+    mark = mark_of(page, alert_id)
+    assert mark["box"]["left"] >= 0
+    assert mark["box"]["left"] + mark["box"]["width"] <= width
+    desk.close(alert_id)
+
+
+def test_ring_around_a_pole_ends_at_the_edge_of_the_map(open_page: Opener, operator_key: str, desk: Desk) -> None:
+    polar = desk.publish(location={"lat": 86.0, "lng": 20.0}, schedule=[[None, 1000]])
+    near = desk.publish(location={"lat": 80.0, "lng": 175.0}, schedule=[[None, 300]])
+    page = live(open_page(operator_key, handle=True))
+    (ring,) = features_of(page, "rings", polar)
+    (points,) = ring["geometry"]["coordinates"]
+    assert points[0] == points[-1]
+    assert max(lat for _, lat in points) == 85.06
+    assert (min(lng for lng, _ in points), max(lng for lng, _ in points)) == (-160, 200)
+    # 10 degrees of latitude from the pole the 300 km are 15 degrees and more of longitude, beyond the antimeridian.
+    (ring,) = features_of(page, "rings", near)
+    (points,) = ring["geometry"]["coordinates"]
+    assert points[0] == points[-1]
+    assert max(abs(lng - 175) for lng, _ in points) == pytest.approx(15.7, abs=0.2)
+    assert min(lat for _, lat in points) == pytest.approx(80 - 300 / 111.195, abs=0.01)
+    # No piece of a cover lies across the whole map.
+    for alert_id in (polar, near):
+        for cell in features_of(page, "covers", alert_id):
+            shapes = cell["geometry"]["coordinates"]
+            loops = (
+                [loop for shape in shapes for loop in shape] if cell["geometry"]["type"] == "MultiPolygon" else shapes
+            )
+            for loop in loops:
+                if max(lat for _, lat in loop) < 85:
+                    assert max(lng for lng, _ in loop) - min(lng for lng, _ in loop) < 60
+    desk.close(polar)
+    desk.close(near)
 
 
 # --- whose key it is --------------------------------------------------------------------------------------------------
@@ -278,7 +375,7 @@ def test_officer_publishes_edits_and_closes_with_the_keyboard_alone(
 def test_click_on_the_map_drops_the_pin(open_page: Opener, officer_key: str) -> None:
     page = live(open_page(officer_key))
     page.get_by_test_id("desk-new").click()
-    page.locator(".map canvas").click(position={"x": 300, "y": 200})
+    page.locator(".maplibregl-canvas").click(position={"x": 300, "y": 200})
     expect(page.get_by_test_id("pin")).to_be_visible()
     assert 0 < float(page.get_by_test_id("field-location.lat").input_value()) < 60
     page.get_by_test_id("desk-back").click()

@@ -18,7 +18,7 @@ export interface Words {
 
 export class AlertList {
   readonly element = h('ol', { class: 'alerts', 'data-testid': 'alerts' })
-  private readonly rows = new Map<string, { row: HTMLElement; ring: HTMLElement; told: HTMLElement; title: HTMLElement; about: HTMLElement }>()
+  private readonly rows = new Map<string, { row: HTMLElement; ring: HTMLElement; told: HTMLElement; title: HTMLElement; about: HTMLElement; button: HTMLElement }>()
   private alerts: ViewAlert[] = []
 
   constructor(
@@ -45,19 +45,16 @@ export class AlertList {
     this.tick()
   }
 
-  private make(alert: ViewAlert): { row: HTMLElement; ring: HTMLElement; told: HTMLElement; title: HTMLElement; about: HTMLElement } {
+  private make(alert: ViewAlert): { row: HTMLElement; ring: HTMLElement; told: HTMLElement; title: HTMLElement; about: HTMLElement; button: HTMLElement } {
     const [ring, told, title, about] = [h('span', { class: 'row-ring' }), h('b', { class: 'row-told' }), h('b', { class: 'row-title' }), h('span', { class: 'row-about muted' })]
-    const row = h(
-      'li',
-      { class: `row ${alert.status}` },
-      h(
-        'button',
-        { type: 'button', 'data-testid': 'alert-row', 'data-alert': alert.id, onclick: () => this.select(alert.id) },
-        h('span', { class: 'row-main' }, title, about, ring),
-        h('span', { class: 'row-count' }, told, h('span', { class: 'muted', t: 'alerts.told' })),
-      ),
+    const button = h(
+      'button',
+      { type: 'button', 'data-testid': 'alert-row', 'data-alert': alert.id, onclick: () => this.select(alert.id) },
+      h('span', { class: 'row-main' }, title, about, ring),
+      h('span', { class: 'row-count' }, told, h('span', { class: 'muted', t: 'alerts.told' })),
     )
-    const made = { row, ring, told, title, about }
+    const row = h('li', { class: `row ${alert.status}` }, button)
+    const made = { row, ring, told, title, about, button }
     this.rows.set(alert.id, made)
     return made
   }
@@ -73,7 +70,8 @@ export class AlertList {
       setText(row.about, `${words === undefined ? `${alert.location.lat.toFixed(2)}, ${alert.location.lng.toFixed(2)}` : alert.id} · ${t('alerts.since', { at: moment(Date.parse(alert.missing_since), nowMs) })}`)
       setText(row.ring, ringWords(alert, nowMs))
       setText(row.told, phones(alert.told))
-      row.row.querySelector('button')?.setAttribute('data-ring-km', String(ringOf(alert, nowMs).km))
+      const ringKm = String(ringOf(alert, nowMs).km)
+      if (row.button.dataset['ringKm'] !== ringKm) row.button.dataset['ringKm'] = ringKm
     }
   }
 }

@@ -103,10 +103,13 @@ class Chart {
   private names: string[] = []
   private values: HTMLElement[] = []
   private width = 0
+  /** Whether it is on the screen, as far as is known; what is not is drawn when it comes there. */
+  isSeen = true
 
   constructor(
     private readonly spec: Spec,
     private readonly series: Series,
+    appeared: () => void,
   ) {
     this.plotted = h('div', { class: 'chart-plot', role: 'img' })
     this.legend = h('ul', { class: 'chart-legend' })
@@ -119,6 +122,14 @@ class Chart {
       this.legend,
     )
     new ResizeObserver(() => this.resize()).observe(this.plotted)
+    new IntersectionObserver(
+      (entries) => {
+        const wasSeen = this.isSeen
+        this.isSeen = entries.at(-1)?.isIntersecting ?? true
+        if (this.isSeen && !wasSeen) appeared()
+      },
+      { rootMargin: '100px' },
+    ).observe(this.element)
   }
 
   private shownNames(): string[] {
@@ -243,9 +254,10 @@ export const SPANS_MIN = [15, 60, 360, 1440] as const
 export class Charts {
   readonly element: HTMLElement
   private readonly series = new Series()
-  private readonly charts = SPECS.map((spec) => new Chart(spec, this.series))
+  private readonly charts = SPECS.map((spec) => new Chart(spec, this.series, () => this.ask()))
   private minutes: number = SPANS_MIN[0]
-  private pending = false
+  private waiting: Chart[] = []
+  private asked = 0
 
   constructor(private readonly askHistory: (minutes: number) => Promise<History>) {
     const spans = SPANS_MIN.map((minutes) =>
@@ -291,13 +303,18 @@ export class Charts {
 
   add(event: FiguresEvent): void {
     this.series.add(event, this.minutes * 60_000)
-    if (!this.pending && document.visibilityState === 'visible') {
-      this.pending = true
-      requestAnimationFrame(() => {
-        this.pending = false
-        this.draw()
-      })
-    }
+    if (document.visibilityState === 'visible') this.ask()
+  }
+
+  /** Have what is seen drawn, one chart in a frame: all at once would take longer than a frame may. */
+  private ask(): void {
+    this.waiting = this.charts.filter((chart) => chart.isSeen)
+    if (this.asked === 0) this.asked = requestAnimationFrame(() => this.drawNext())
+  }
+
+  private drawNext(): void {
+    this.waiting.shift()?.draw(this.minutes * 60_000)
+    this.asked = this.waiting.length === 0 ? 0 : requestAnimationFrame(() => this.drawNext())
   }
 
   private draw(): void {

@@ -30,18 +30,11 @@ export function circle(lat: number, lng: number, radiusKm: number, points = 160)
   return ring
 }
 
-const boundaries = new Map<string, Position[]>()
-const BOUNDARIES_MAX = 40_000
-
-/** A cell's corners, closed. Kept: the same cells come again every minute. */
+/** A cell's corners, closed. */
 export function cellRing(cell: string): Position[] {
-  const known = boundaries.get(cell)
-  if (known !== undefined) return known
   const ring = cellToBoundary(cell, true) as Position[]
   const lngs = ring.map((point) => point[0] ?? 0)
   if (Math.max(...lngs) - Math.min(...lngs) > 180) for (const point of ring) if ((point[0] ?? 0) < 0) point[0] = (point[0] ?? 0) + 360
-  if (boundaries.size >= BOUNDARIES_MAX) boundaries.clear()
-  boundaries.set(cell, ring)
   return ring
 }
 

@@ -1,5 +1,5 @@
 // The map: land, live phones by cell, rings with their covers. Drawn by maplibre-gl from what ships with the page; no
-// tile, glyph or image is asked for. Words on it are HTML.
+// tile, glyph or image is asked for. Words on it are of marks.ts.
 
 import 'maplibre-gl/dist/maplibre-gl.css'
 
@@ -10,9 +10,10 @@ import type { Feature, FeatureCollection, Geometry, Position } from 'geojson'
 import { feature } from 'topojson-client'
 import type { Topology } from 'topojson-specification'
 import landUrl from 'world-atlas/land-50m.json?url'
-import { h, setText } from './dom'
+import { h } from './dom'
 import { count, countdown, km } from './format'
 import { cellRing, circle, coast, polygon, uncompacted, union } from './geo'
+import { Marks, type DrawnMark } from './marks'
 import { ringAt, ringOf, type RingNow } from './rings'
 import { colour, onTheme, stillness } from './theme'
 import type { AlertCover, DensityMap, Place, Schedule, ViewAlert } from './types'
@@ -23,10 +24,12 @@ const CHINA: [[number, number], [number, number]] = [
   [135, 53],
 ]
 const GROWTH_MS = 1_200
-const MARK_HEIGHT = 22
 const COVER_ZOOM_MIN = 3.5
 const NOTHING: FeatureCollection = { type: 'FeatureCollection', features: [] }
-type SourceName = 'land' | 'coast' | 'density' | 'covers' | 'rings' | 'draft'
+const SOURCES = ['land', 'coast', 'density', 'covers', 'cells', 'rings', 'draft'] as const
+type SourceName = (typeof SOURCES)[number]
+/** Five decimals of a degree are a metre. */
+const DEGREE = 1e5
 
 export interface Draft {
   location: Place
@@ -45,32 +48,57 @@ interface Shown {
   ring: RingNow
   /** What is drawn: on its way to `ring.km` while it grows. */
   drawnKm: number
-  marker: maplibre.Marker
-  button: HTMLButtonElement
-  label: HTMLSpanElement
+  /** Its ring's features as text, and what they were made of. */
+  stamp: string
+  text: string
 }
 
 interface Cover {
   cover: AlertCover
   /** Of one resolution. */
   inside: string[]
-  area: Geometry | null
+  /** Its features as text, without brackets. */
+  text: string
 }
 
 function collection(features: Feature<Geometry>[]): FeatureCollection {
   return { type: 'FeatureCollection', features }
 }
 
-function style(): StyleSpecification {
+/** Features as text, without brackets: texts of many are joined. */
+function textOf(features: Feature<Geometry>[]): string {
+  const rounded = (_: string, value: unknown): unknown => (typeof value === 'number' ? Math.round(value * DEGREE) / DEGREE : value)
+  return features.map((one) => JSON.stringify(one, rounded)).join()
+}
+
+const shapes = new Map<string, string>()
+const SHAPES_MAX = 40_000
+
+/** A cell's geometry as text. Kept: the same cells come again every minute. */
+function shapeOf(cell: string): string {
+  let known = shapes.get(cell)
+  if (known === undefined) {
+    known = `{"type":"Polygon","coordinates":[[${cellRing(cell).map(([lng = 0, lat = 0]) => `[${lng.toFixed(5)},${lat.toFixed(5)}]`).join()}]]}`
+    if (shapes.size >= SHAPES_MAX) shapes.clear()
+    shapes.set(cell, known)
+  }
+  return known
+}
+
+function cellText(cell: string, about: Record<string, unknown>): string {
+  return `{"type":"Feature","properties":${JSON.stringify(about)},"geometry":${shapeOf(cell)}}`
+}
+
+function style(selected: string | null = null): StyleSpecification {
   const isExercise: ExpressionSpecification = ['==', ['get', 'status'], 'exercise']
-  const isSelected: ExpressionSpecification = ['get', 'selected']
+  const isSelected: ExpressionSpecification = ['==', ['get', 'id'], selected ?? '']
   const hue: ExpressionSpecification = ['case', isExercise, colour('exercise'), colour('alert')]
   const ghost: ExpressionSpecification = ['==', ['get', 'kind'], 'next']
   const kind = (name: string): ExpressionSpecification => ['==', ['get', 'kind'], name]
   return {
     version: 8,
     sources: Object.fromEntries(
-      (['land', 'coast', 'density', 'covers', 'rings', 'draft'] as const).map((name) => [
+      SOURCES.map((name) => [
         name,
         { type: 'geojson' as const, data: NOTHING, tolerance: name === 'land' || name === 'coast' ? 0.3 : 0.1, buffer: 64 },
       ]),
@@ -100,9 +128,8 @@ function style(): StyleSpecification {
       {
         id: 'cover-cells',
         type: 'line',
-        source: 'covers',
+        source: 'cells',
         minzoom: COVER_ZOOM_MIN + 1.5,
-        filter: kind('cell'),
         paint: { 'line-color': hue, 'line-width': 0.5, 'line-opacity': 0.4 },
       },
       {
@@ -154,8 +181,13 @@ export class MapView {
   private readonly ready: Promise<void>
   private readonly shown = new Map<string, Shown>()
   private readonly covers = new Map<string, Cover>()
-  private readonly data = new Map<SourceName, FeatureCollection>()
+  private readonly marks: Marks
+  /** Features that come from outside, as text. */
+  private readonly given = new Map<SourceName, string>()
+  /** What each source has. */
+  private readonly sent = new Map<SourceName, string>(SOURCES.map((name) => [name, '']))
   private readonly dirty = new Set<SourceName>()
+  private readonly busy = new Set<SourceName>()
   private selected: string | null = null
   private draft: Draft | null = null
   private pin: maplibre.Marker | null = null
@@ -189,50 +221,75 @@ export class MapView {
     this.map.touchZoomRotate.disableRotation()
     this.map.keyboard.disableRotation()
     this.ready = new Promise((resolve) => this.map.once('load', () => resolve()))
+    this.marks = new Marks(this.map)
     this.map.on('click', (event) => {
-      if (this.placing) this.handlers.pin({ lat: event.lngLat.lat, lng: event.lngLat.wrap().lng })
+      const id = this.marks.at(event.point.x, event.point.y)
+      if (id !== null) this.handlers.select(id)
+      else if (this.placing) this.handlers.pin({ lat: event.lngLat.lat, lng: event.lngLat.wrap().lng })
     })
     this.map.on('error', ({ error }) => console.warn('map:', error.message))
-    this.map.on('moveend', () => this.declutter())
-    onTheme(() => void this.dress())
+    onTheme(() => {
+      this.marks.dress()
+      void this.dress()
+    })
     void this.drawLand()
   }
 
   // --- what is shown ---------------------------------------------------------------------------------------------
 
   setDensity(density: DensityMap): void {
-    const features = density.cells.map(([cell, phones]) => polygon(cellRing(cell), { level: Math.log10(phones), phones }))
-    this.put('density', collection(features))
-    this.container.dataset['cells'] = String(features.length)
+    const text = density.cells.map(([cell, phones]) => `{"type":"Feature","properties":{"level":${Math.log10(phones).toFixed(3)},"phones":${phones}},"geometry":${shapeOf(cell)}}`).join()
+    this.put('density', text)
+    this.container.dataset['cells'] = String(density.cells.length)
   }
 
-  /** Coverage of phones under the pointer, for the legend's line. */
+  /** Phones under the pointer, for the legend's line; and the mark under it. Looked for once a frame, while nothing moves. */
   onHover(listener: (words: string) => void): void {
-    this.map.on('mousemove', 'density', ({ features }) => listener(t('map.hover', { n: count(Number(features?.[0]?.properties['phones'] ?? 0)) })))
-    this.map.on('mouseleave', 'density', () => listener(''))
+    let point: maplibre.Point | null = null
+    let asked = 0
+    const look = (): void => {
+      asked = 0
+      const at = point
+      const isMark = at !== null && this.marks.point(at.x, at.y)
+      if (at === null) this.marks.point(-1000, -1000)
+      this.map.getCanvasContainer().classList.toggle('over-mark', isMark)
+      const found = at === null || this.map.getLayer('density') === undefined ? undefined : this.map.queryRenderedFeatures(at, { layers: ['density'] })[0]
+      listener(found === undefined ? '' : t('map.hover', { n: count(Number(found.properties['phones'] ?? 0)) }))
+    }
+    const ask = (): void => {
+      if (asked === 0 && !this.map.isMoving()) asked = requestAnimationFrame(look)
+    }
+    this.map.on('mousemove', (event) => {
+      point = event.point
+      ask()
+    })
+    this.map.on('mouseout', () => {
+      point = null
+      ask()
+    })
+    this.map.on('moveend', () => {
+      if (point !== null) ask()
+    })
   }
 
   setAlerts(alerts: ViewAlert[]): void {
     const kept = new Set(alerts.map(({ id }) => id))
-    for (const [id, { marker }] of this.shown) {
+    for (const id of this.shown.keys()) {
       if (!kept.has(id)) {
-        marker.remove()
         this.shown.delete(id)
-        this.covers.delete(id)
-        this.put('covers', null)
+        if (this.covers.delete(id)) this.put('covers')
       }
     }
     for (const alert of alerts) {
       const known = this.shown.get(alert.id)
-      if (known === undefined) this.shown.set(alert.id, this.mark(alert))
+      if (known !== undefined) known.alert = alert
       else {
-        known.alert = alert
-        known.marker.setLngLat(alert.location)
+        const ring = ringOf(alert, this.nowMs())
+        this.shown.set(alert.id, { alert, ring, drawnKm: ring.km, stamp: '', text: '' })
       }
     }
     this.tick()
-    this.declutter()
-    this.put('rings', null)
+    this.put('rings')
   }
 
   setCover(cover: AlertCover): void {
@@ -241,8 +298,12 @@ export class MapView {
     const inside = uncompacted(cover.inside, cover.resolution)
     // A shape that goes around a pole cannot be drawn flat as one: its cells can.
     const isPolar = Math.abs(alert.location.lat) + cover.ring_km / 111 > 85
-    this.covers.set(cover.alert_id, { cover, inside, area: isPolar || inside.length === 0 ? null : union(inside) })
-    this.put('covers', null)
+    const about = { id: alert.id, status: alert.status }
+    const area = isPolar || inside.length === 0 ? null : union(inside)
+    const filled = area === null ? inside.map((cell) => cellText(cell, { ...about, kind: 'inside' })) : [textOf([{ type: 'Feature', properties: { ...about, kind: 'inside' }, geometry: area }])]
+    this.covers.set(cover.alert_id, { cover, inside, text: [...filled, ...cover.edge.map((cell) => cellText(cell, { ...about, kind: 'edge' }))].join() })
+    this.put('covers')
+    if (alert.id === this.selected) this.put('cells')
   }
 
   /** How many cells are inside of an alert's ring, and how many at its edge. */
@@ -254,10 +315,14 @@ export class MapView {
   select(id: string | null): void {
     if (this.selected === id) return
     this.selected = id
-    for (const [other, { button }] of this.shown) button.setAttribute('aria-pressed', String(other === id))
-    this.declutter()
-    this.put('rings', null)
-    this.put('covers', null)
+    this.marks.select(id)
+    this.put('cells')
+    void this.dress()
+  }
+
+  /** The marks as they stand on the map now; for tests, and for measuring. */
+  marksShown(): DrawnMark[] {
+    return this.marks.shown()
   }
 
   /** Show all of an alert's ring. */
@@ -293,14 +358,15 @@ export class MapView {
   tick(): void {
     const nowMs = this.nowMs()
     let grew = false
-    for (const shown of this.shown.values()) {
-      const ring = ringOf(shown.alert, nowMs)
+    const marks = [...this.shown.values()].map((shown) => {
+      const { alert } = shown
+      const ring = ringOf(alert, nowMs)
       if (ring.km !== shown.ring.km) grew = true
       shown.ring = ring
-      setText(shown.label, ring.nextMs === null ? km(ring.km) : `${km(ring.km)} → ${km(ring.nextKm ?? 0)} ${countdown(ring.nextMs - nowMs)}`)
-      shown.button.setAttribute('aria-label', `${shown.alert.id} ${shown.label.textContent ?? ''}`)
-      shown.button.dataset['ringKm'] = String(ring.km)
-    }
+      const text = ring.nextMs === null ? km(ring.km) : `${km(ring.km)} → ${km(ring.nextKm ?? 0)} ${countdown(ring.nextMs - nowMs)}`
+      return { id: alert.id, location: alert.location, isExercise: alert.status === 'exercise', text, nextMs: ring.nextMs }
+    })
+    this.marks.set(marks)
     if (grew) this.grow()
   }
 
@@ -324,7 +390,7 @@ export class MapView {
     if (element !== undefined && draft !== null) {
       element.setAttribute('aria-label', t('desk.pin.label', { lat: draft.location.lat.toFixed(4), lng: draft.location.lng.toFixed(4) }))
     }
-    this.put('draft', null)
+    this.put('draft')
   }
 
   private makePin(location: Place): maplibre.Marker {
@@ -348,50 +414,10 @@ export class MapView {
 
   // --- drawing ---------------------------------------------------------------------------------------------------
 
-  private mark(alert: ViewAlert): Shown {
-    const label = h('span', { class: 'mark-label' })
-    const button = h(
-      'button',
-      {
-        type: 'button',
-        class: `mark ${alert.status}`,
-        'data-testid': 'alert-mark',
-        'data-alert': alert.id,
-        'aria-pressed': String(alert.id === this.selected),
-        onclick: (event: MouseEvent) => {
-          event.stopPropagation()
-          this.handlers.select(alert.id)
-        },
-      },
-      h('span', { class: 'mark-dot' }),
-      label,
-    )
-    const marker = new maplibre.Marker({ element: button, anchor: 'left', offset: [-9, 0] }).setLngLat(alert.location).addTo(this.map)
-    const ring = ringOf(alert, this.nowMs())
-    return { alert, ring, drawnKm: ring.km, marker, button, label }
-  }
-
-  /** A label that would lie over another one, or over another alert's dot, is left out: its dot stays. */
-  private declutter(): void {
-    const marks = [...this.shown.values()]
-      .map((shown) => ({ shown, at: this.map.project(shown.alert.location), isFirst: shown.alert.id === this.selected }))
-      .sort((a, b) => Number(b.isFirst) - Number(a.isFirst) || (a.shown.ring.nextMs ?? Infinity) - (b.shown.ring.nextMs ?? Infinity))
-    const boxes: [number, number, number][] = []
-    const isFree = (x: number, y: number, width: number, own: unknown): boolean =>
-      boxes.every(([left, top, right]) => Math.abs(y - top) > MARK_HEIGHT || x > right || x + width < left) &&
-      marks.every(({ shown, at }) => shown === own || Math.abs(at.y - y) > MARK_HEIGHT || at.x < x - 8 || at.x > x + width + 8)
-    for (const { shown, at, isFirst } of marks) {
-      const width = 34 + 7 * (shown.label.textContent ?? '').length
-      const isShown = isFirst || isFree(at.x, at.y, width, shown)
-      if (isShown) boxes.push([at.x, at.y, at.x + width])
-      shown.button.classList.toggle('bare', !isShown)
-    }
-  }
-
   private grow(): void {
     if (stillness()) {
       for (const shown of this.shown.values()) shown.drawnKm = shown.ring.km
-      this.put('rings', null)
+      this.put('rings')
       return
     }
     const from = new Map([...this.shown].map(([id, { drawnKm }]) => [id, drawnKm]))
@@ -405,15 +431,15 @@ export class MapView {
         const start = from.get(id) ?? shown.ring.km
         shown.drawnKm = start + (shown.ring.km - start) * eased
       }
-      this.put('rings', null)
+      this.put('rings')
       if (part < 1) requestAnimationFrame(step)
     }
     requestAnimationFrame(step)
   }
 
-  /** Have a source drawn anew in the next frame; null: made of what is known by then. */
-  private put(name: SourceName, data: FeatureCollection | null): void {
-    if (data !== null) this.data.set(name, data)
+  /** Have a source drawn anew in the next frame; without a text it is made of what is known by then. */
+  private put(name: SourceName, text?: string): void {
+    if (text !== undefined) this.given.set(name, text)
     this.dirty.add(name)
     if (this.flushing !== 0) return
     this.flushing = requestAnimationFrame(() => {
@@ -425,36 +451,54 @@ export class MapView {
   private flush(): void {
     for (const name of this.dirty) {
       const source = this.map.getSource<GeoJSONSource>(name)
-      if (source === undefined) continue
-      const made = { rings: () => this.ringFeatures(), covers: () => this.coverFeatures(), draft: () => this.draftFeatures() }[name as string]
-      source.setData(made === undefined ? (this.data.get(name) ?? NOTHING) : collection(made()))
+      // One at a time: what comes meanwhile is taken up together, at the end of the one before.
+      if (source === undefined || this.busy.has(name)) continue
+      this.dirty.delete(name)
+      void this.send(name, source)
     }
-    this.dirty.clear()
-    this.container.dataset['rings'] = [...this.shown.values()].map(({ alert, drawnKm }) => `${alert.id}:${Math.round(drawnKm)}`).join(' ')
   }
 
-  private ringFeatures(): Feature[] {
-    return [...this.shown.values()].flatMap(({ alert, ring, drawnKm }) => {
-      const { lat, lng } = alert.location
-      const about = { id: alert.id, status: alert.status, selected: alert.id === this.selected }
-      const drawn = [polygon(circle(lat, lng, drawnKm), { ...about, kind: 'ring' })]
-      if (ring.nextKm !== null) drawn.push(polygon(circle(lat, lng, ring.nextKm), { ...about, kind: 'next' }))
-      return drawn
-    })
+  /** The worker reads a text by itself. An object would be taken apart and put together again in the page's thread. */
+  private async send(name: SourceName, source: GeoJSONSource): Promise<void> {
+    const made = { rings: () => this.ringText(), covers: () => [...this.covers.values()].map(({ text }) => text).join(), cells: () => this.cellsText(), draft: () => textOf(this.draftFeatures()) }[name as string]
+    const text = made === undefined ? (this.given.get(name) ?? '') : made()
+    if (name === 'rings') this.container.dataset['rings'] = [...this.shown.values()].map(({ alert, drawnKm }) => `${alert.id}:${Math.round(drawnKm)}`).join(' ')
+    if (this.sent.get(name) === text) return
+    this.sent.set(name, text)
+    this.busy.add(name)
+    const url = URL.createObjectURL(new Blob(['{"type":"FeatureCollection","features":[', text, ']}'], { type: 'application/json' }))
+    try {
+      await source.setData(url)
+    } finally {
+      URL.revokeObjectURL(url)
+      this.busy.delete(name)
+      if (this.dirty.has(name)) this.put(name)
+    }
   }
 
-  private coverFeatures(): Feature[] {
-    return [...this.covers.values()].flatMap(({ cover, inside, area }) => {
-      const status = this.shown.get(cover.alert_id)?.alert.status ?? 'actual'
-      const isSelected = cover.alert_id === this.selected
-      const about = { id: cover.alert_id, status, selected: isSelected }
-      const cells = (names: string[], kind: string): Feature[] => names.map((cell) => polygon(cellRing(cell), { ...about, kind }))
-      return [
-        ...(area === null ? cells(inside, 'inside') : [{ type: 'Feature' as const, properties: { ...about, kind: 'inside' }, geometry: area }]),
-        ...(isSelected ? cells(inside, 'cell') : []),
-        ...cells(cover.edge, 'edge'),
-      ]
-    })
+  private ringText(): string {
+    return [...this.shown.values()]
+      .map((shown) => {
+        const { alert, ring, drawnKm } = shown
+        const { lat, lng } = alert.location
+        const stamp = [lat, lng, drawnKm, ring.nextKm, alert.status].join()
+        if (stamp !== shown.stamp) {
+          const about = { id: alert.id, status: alert.status }
+          const drawn = [polygon(circle(lat, lng, drawnKm), { ...about, kind: 'ring' })]
+          if (ring.nextKm !== null) drawn.push(polygon(circle(lat, lng, ring.nextKm), { ...about, kind: 'next' }))
+          shown.stamp = stamp
+          shown.text = textOf(drawn)
+        }
+        return shown.text
+      })
+      .join()
+  }
+
+  /** The cells of the selected alert's cover one by one. */
+  private cellsText(): string {
+    const known = this.selected === null ? undefined : this.covers.get(this.selected)
+    const alert = this.selected === null ? undefined : this.shown.get(this.selected)?.alert
+    return known === undefined || alert === undefined ? '' : known.inside.map((cell) => cellText(cell, { id: alert.id, status: alert.status })).join()
   }
 
   private draftFeatures(): Feature[] {
@@ -472,21 +516,22 @@ export class MapView {
     const topology = (await (await fetch(landUrl)).json()) as Topology
     const land = topology.objects['land']
     if (land === undefined) return
-    const shapes = feature(topology, land)
-    const found = collection(shapes.type === 'FeatureCollection' ? shapes.features : [shapes])
+    const outlines = feature(topology, land)
+    const found = collection(outlines.type === 'FeatureCollection' ? outlines.features : [outlines])
     const rings = found.features.flatMap(({ geometry }): Position[][] =>
       geometry.type === 'MultiPolygon' ? geometry.coordinates.flat() : geometry.type === 'Polygon' ? geometry.coordinates : [],
     )
-    this.put('land', found)
-    this.put('coast', collection([{ type: 'Feature', properties: {}, geometry: coast(rings) }]))
+    this.put('land', textOf(found.features))
+    this.put('coast', textOf([{ type: 'Feature', properties: {}, geometry: coast(rings) }]))
   }
 
-  /** Colours of the theme that is on now. */
+  /** Colours of the theme that is on now, and what is selected. */
   private async dress(): Promise<void> {
     await this.ready
-    for (const layer of style().layers) {
+    for (const layer of style(this.selected).layers) {
+      if ('filter' in layer) this.map.setFilter(layer.id, layer.filter)
       for (const [name, value] of Object.entries(layer.paint ?? {})) {
-        if (name.endsWith('-color')) this.map.setPaintProperty(layer.id, name as never, value as never)
+        this.map.setPaintProperty(layer.id, name as never, value as never)
       }
     }
   }
