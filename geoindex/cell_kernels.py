@@ -542,7 +542,10 @@ def locate_together(block: PointBlock, tables: CellTables) -> None:
 @inline_kernel
 def along_plane(x: float, y: float, z: float, numbers: F64, column: int) -> float:
     """Product of a vector with three neighbouring columns of a block."""
-    return x * numbers[at(column)] + y * numbers[at(column + TOGETHER)] + z * numbers[at(column + 2 * TOGETHER)]
+    product: float = (
+        x * numbers[at(column)] + y * numbers[at(column + TOGETHER)] + z * numbers[at(column + 2 * TOGETHER)]
+    )
+    return product
 
 
 @lean_kernel
