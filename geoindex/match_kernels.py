@@ -21,26 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from geoindex.cell_kernels import (
-    CELL,
-    CLEARANCE_M,
-    EARTH_RADIUS_M,
-    LAT_E7,
-    LNG_E7,
-    TOGETHER,
-    CellTables,
-    PointBlock,
-    X,
-    Y,
-    Z,
-    at,
-    locate,
-    locate_together,
-    point_block,
-    ring_clearance_m,
-    unit_vector_e7,
-)
-from geoindex.columns import I32, I64, U8, U16, U32, U64
+from geoindex.cell_kernels import EARTH_RADIUS_M, CellTables, at, locate, ring_clearance_m, unit_vector_e7
+from geoindex.columns import F64, I32, I64, U8, U16, U32, U64
 from geoindex.device_kernels import (
     LOCATED,
     NO_CELL,
@@ -71,7 +53,7 @@ AHEAD_PINGS = 24
 RING_PINGS = 128
 """Of the ring that notes hashes and guesses: a power of two above 2 * AHEAD_PINGS."""
 RING_MASK = RING_PINGS - 1
-SLOW_PINGS = TOGETHER
+SLOW_PINGS = 32
 """Looked at closely together, so that what they need overlaps."""
 
 # Indices into the counts of `apply_pings`.
@@ -110,7 +92,8 @@ class PingScratch(NamedTuple):
     guess: I64
     slow_ping: I64
     slow_row: I64
-    slow_point: PointBlock
+    slow_cell: I64
+    slow_vector: F64
 
 
 def ping_scratch() -> PingScratch:
@@ -121,7 +104,8 @@ def ping_scratch() -> PingScratch:
         guess=np.empty(RING_PINGS, np.int64),
         slow_ping=np.empty(SLOW_PINGS, np.int64),
         slow_row=np.empty(SLOW_PINGS, np.int64),
-        slow_point=point_block(),
+        slow_cell=np.empty(SLOW_PINGS, np.int64),
+        slow_vector=np.empty((SLOW_PINGS, 4), np.float64),
     )
 
 
@@ -230,21 +214,22 @@ def look_closely(
     hits: int,
 ) -> int:
     """Place and settle the `slow` pings that wait in `scratch`, in order. Returns the new number of hits."""
-    words = scratch.slow_point.words
-    numbers = scratch.slow_point.numbers
+    slow_cell = scratch.slow_cell
+    slow_vector = scratch.slow_vector
     zone_row = alerts.zone_row
     records = table.records
-    # Where are they? Nothing here depends on the ping before.
+    # Where are they? Nothing here depends on the ping before, so the arithmetic of several overlaps.
     for place in range(slow):
         ping = at(scratch.slow_ping[at(place)])
-        words[at(LAT_E7 + place)] = lat_e7[ping]
-        words[at(LNG_E7 + place)] = lng_e7[ping]
-    if slow:
-        locate_together(scratch.slow_point, tables)
+        cell, x, y, z, clearance_m = locate(lat_e7[ping], lng_e7[ping], tables)
+        slow_cell[at(place)] = cell
+        slow_vector[at(place), 0] = x
+        slow_vector[at(place), 1] = y
+        slow_vector[at(place), 2] = z
+        slow_vector[at(place), 3] = clearance_m
+        prefetch(zone_row, cell // CELLS_PER_ZONE)
     for place in range(slow):
-        prefetch(zone_row, words[at(CELL + place)] // CELLS_PER_ZONE)
-    for place in range(slow):
-        prefetch(alerts.zone_mask, zone_row[at(words[at(CELL + place)] // CELLS_PER_ZONE)])
+        prefetch(alerts.zone_mask, zone_row[at(slow_cell[at(place)] // CELLS_PER_ZONE)])
     for place in range(slow):
         ping = scratch.slow_ping[at(place)]
         row = scratch.slow_row[at(place)]
@@ -259,11 +244,11 @@ def look_closely(
         place_ping(table, row, observed_at_ms[ping], lat_e7[ping], lng_e7[ping])
         record = records[at(row)]
         record.waiting = 0
-        cell = words[at(CELL + place)]
-        x = numbers[at(X + place)]
-        y = numbers[at(Y + place)]
-        z = numbers[at(Z + place)]
-        clearance_m = numbers[at(CLEARANCE_M + place)]
+        cell = slow_cell[at(place)]
+        x = slow_vector[at(place), 0]
+        y = slow_vector[at(place), 1]
+        z = slow_vector[at(place), 2]
+        clearance_m = slow_vector[at(place), 3]
         if record.lat_e7 != lat_e7[ping] or record.lng_e7 != lng_e7[ping]:
             # A late ping: the device is where it was.
             cell, x, y, z, clearance_m = locate(record.lat_e7, record.lng_e7, tables)
