@@ -78,8 +78,12 @@ def features_of(page: Page, source: str, alert_id: str) -> list[dict[str, Any]]:
     find = """async ([source, id]) => {
         const held = await window.tuanyuanMap?.map.getSource(source)?.getData()
         const found = held?.features.filter(one => one.properties.id === id)
-        return found?.length ? found : null }"""
-    return cast("list[dict[str, Any]]", page.wait_for_function(find, arg=[source, alert_id]).json_value())
+        return found ?? [] }"""
+    for _ in range(200):
+        if found := cast("list[dict[str, Any]]", page.evaluate(find, [source, alert_id])):
+            return found
+        page.wait_for_timeout(50)
+    raise AssertionError(f"the map was given nothing of {alert_id} in {source}")
 
 
 def fill(page: Page, **values: str) -> None:
