@@ -1,16 +1,16 @@
 """What the operator's page costs: compressed bytes, frames per second, time of the main thread, memory over hours.
 
     python -m scripts.page_bench --hours 2
-    python -m scripts.page_bench --hours 0       # no memory: a minute and a half
+    python -m scripts.page_bench --hours 0       # no memory: two minutes
 
 The page is asked to show 10,000 cells and 50 rings with their covers, by a stand-in for the gateway that sends the
 same events at any pace: hours pass within minutes. The map pans and zooms for 10 s, with something else in every frame.
 A frame is one that the map has drawn (its `render` event), not a tick of the browser's clock.
 
 Frames depend on the graphics card; without one (SwiftShader) the processor draws them, on the cores that the page
-needs. So they are measured twice:
+needs. So they are measured twice, each time with an empty map as well, for what that costs is the browser's:
 
-* everything: the same page is also shown with an empty map, for what that costs is the browser's;
+* everything;
 * everything but the pixels. ANGLE has a back end that draws none (`--use-angle=null`); Chromium may refuse it, as
   Debian's does ("gl=disabled"). Then WebGL's three drawing calls return at once, and whatever leads to them is done:
   the page's scripts, style and layout, its workers, tiles, buffers, uniforms, states, the marks' canvas, and the
@@ -257,7 +257,8 @@ def main() -> None:
         measure(browser, StandIn(0, 0), "everything")
         measure(browser, StandIn(), "everything", options.hours, options.pace)
         null = launch_null(playwright.chromium, chromium)
-        measure(null or browser, StandIn(), "everything but the pixels", draws_nothing=null is None)
+        for stand_in in (StandIn(0, 0), StandIn()):
+            measure(null or browser, stand_in, "everything but the pixels", draws_nothing=null is None)
         browser.close()
         if null is not None:
             null.close()
