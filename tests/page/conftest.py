@@ -35,8 +35,9 @@ def chromium_path() -> str:
     pytest.skip(words)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
+    """Gone behind the tests of the page: its event loop would be in the way of others."""
     path = chromium_path()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGUMENTS)
@@ -44,9 +45,9 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDeployment]:
-    """One for all: each test makes what it needs in it, and leaves the gateway running."""
+    """One for all tests of the page: each makes what it needs in it, and leaves the gateway running."""
     chromium_path()  # else there is nothing to start it for
     with (
         SmallDeployment(tmp_path_factory.mktemp("deployment")) as deployment,
@@ -55,12 +56,12 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDeploy
         yield deployment
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def officer_key(deployment: SmallDeployment) -> str:
     return deployment.accounts.add_officer("部 值班", "000000", "ministry").text
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def operator_key(deployment: SmallDeployment) -> str:
     return deployment.accounts.add_operator("control room").text
 
