@@ -41,9 +41,14 @@ class TurnableClock(Clock):
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
+        self._stands_at_s: float | None = None
+
+    def stand(self) -> None:
+        """From now on `monotonic_s` moves only as it is turned: how fast the machine is does not matter then."""
+        self._stands_at_s = super().monotonic_s()
 
     def monotonic_s(self) -> float:
-        return super().monotonic_s() + self.ahead_s
+        return (super().monotonic_s() if self._stands_at_s is None else self._stands_at_s) + self.ahead_s
 
     def now_ms(self) -> float:
         return super().now_ms() + 1000 * self.ahead_s
