@@ -187,15 +187,9 @@ class Link:
             raise redis.ConnectionError("this link to the server is broken")
         try:
             return cast(LinkParser, self._connection._parser).skip(expected)
-        except TimeoutError as error:
-            self.close()
-            raise redis.TimeoutError("the server does not answer") from error
-        except OSError as error:
+        except (OSError, redis.ConnectionError) as error:
             self.close()
             raise redis.ConnectionError(f"the link to the server broke: {error}") from error
-        except redis.ConnectionError:
-            self.close()
-            raise
 
     def ask(self, *arguments: bytes | str | int) -> object:
         """One command, one reply. Raises redis.ResponseError for an error reply."""

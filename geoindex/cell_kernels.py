@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from geoindex.columns import F64, I32, I64, U8, U16, U32, U64
-from geoindex.numba_typing import inline_kernel, kernel, lean_kernel
+from geoindex.columns import F64, I32, U8, U16, U32, U64
+from geoindex.numba_typing import inline_kernel, kernel
 
 EARTH_RADIUS_M = 6_371_008.8
 """H3's sphere (mean radius of WGS-84), https://h3geo.org/docs/core-library/restable."""
@@ -90,7 +90,6 @@ class CellTables(NamedTuple):
     canonical   u16[20 * 25 * 8]  base cell | turn * 49 << 7, at (face * 25 + (a + 2) * 5 + (b + 2)) * 8 + leading digit
     pairs       u16[49]           two digits | shift of a << 6 | shift of b << 8, at (a mod 7) * 7 + (b mod 7)
     turned      u8[6 * 49]        two digits after a turn by 60 degrees ccw, at turn * 49 + digits
-    turns       i64[6]            every digit after that turn, 3 bits each, the one for digit 0 lowest
     home        i8[122, 7, 8, 4]  (face, a, b, turn) that lead to a base cell and leading digit; face -1: no more
     pentagon    u8[122]           1: the base cell is a pentagon, and no cell of it has leading digit 1
     """
@@ -102,7 +101,6 @@ class CellTables(NamedTuple):
     canonical: U16
     pairs: U16
     turned: U8
-    turns: I64
     home: npt.NDArray[np.int8]
     pentagon: U8
 
@@ -162,12 +160,7 @@ def sin_cos_e7(angle_e7: int, sines: F64) -> tuple[float, float]:
     """
     step = (angle_e7 + 2_155_872_256) >> SINE_SHIFT  # 2^31, and half a step to round
     x = (angle_e7 + 2_147_483_648 - (step << SINE_SHIFT)) * RADIANS_PER_E7
-    return sin_cos_beside(x, sines[at(2 * step)], sines[at(2 * step + 1)])
-
-
-@inline_kernel
-def sin_cos_beside(x: float, sine: float, cosine: float) -> tuple[float, float]:
-    """Sine and cosine of an angle whose sine and cosine are given, plus `x` radians, |x| < 0.015."""
+    sine, cosine = sines[at(2 * step)], sines[at(2 * step + 1)]
     z = x * x
     small_sine = x + x * (z * (-1.0 / 6.0 + z * (1.0 / 120.0)))
     small_versine = z * (-0.5 + z * (1.0 / 24.0 + z * (-1.0 / 720.0)))
@@ -337,15 +330,17 @@ def locate(lat_e7: int, lng_e7: int, tables: CellTables) -> tuple[int, float, fl
     two_56 = signed(turned[at(turn + digits_56)])
     one_7 = signed(turned[at(turn + digit_7)])
     cell_index = (entry & 127) * CELLS_PER_BASE + ((two_12 * 49 + two_34) * 49 + two_56) * 7 + one_7
-    return cell_index, x, y, z, cell_clearance_m(hexagon_border, cosine)
-
-
-@inline_kernel
-def cell_clearance_m(hexagon_border: float, cosine: float) -> float:
-    """The bound of `locate`, from the border's distance in lattice units and the cosine of the angle to the centre."""
     planar = hexagon_border * UNIT_RES7
     angle = planar * (cosine * cosine - planar)
-    return max(0.0, angle * (EARTH_RADIUS_M * CLEARANCE_SHARE) - CLEARANCE_SHAVED_M)
+    clearance_m = max(0.0, angle * (EARTH_RADIUS_M * CLEARANCE_SHARE) - CLEARANCE_SHAVED_M)
+    return cell_index, x, y, z, clearance_m
+
+
+@kernel
+def locate_points(lat_e7: I32, lng_e7: I32, tables: CellTables, cell: U32) -> None:
+    """`lat_e7`, `lng_e7` i32[n] -> `cell` u32[n]."""
+    for i in range(len(lat_e7)):
+        cell[i] = locate(lat_e7[i], lng_e7[i], tables)[0]
 
 
 @kernel
@@ -371,194 +366,6 @@ def raw_positions(lattice_a: F64, lattice_b: F64, tables: CellTables, position: 
         position[i] = found
         leading[i] = leading_digit(digits_12, digits_34, digits_56, digit_7)
         depth[i] = border
-
-
-# ---------------------------------------------------------------- many points at once
-
-TOGETHER = 32
-"""Points that `locate_together` takes: what a block of `PointBlock` holds in each of its columns."""
-
-# Columns of `PointBlock.numbers`: where each begins.
-X, Y, Z, CLEARANCE_M, REST_LAT, SINE_LAT, COSINE_LAT, REST_LNG, SINE_LNG, COSINE_LNG, LATTICE_A, LATTICE_B, PLANE = (
-    column * TOGETHER for column in range(13)
-)
-PLANE_NUMBERS = 9
-"""Of a face's row in `planes`, from CENTER on: what projects a point."""
-NUMBER_COLUMNS = PLANE // TOGETHER + PLANE_NUMBERS
-
-# Columns of `PointBlock.words`.
-LAT_E7, LNG_E7, CELL, FACE, ENTRY, BASE, TURNS, DIGIT_1, DIGIT_2, DIGIT_3, DIGIT_4, DIGIT_5, DIGIT_6, DIGIT_7 = (
-    column * TOGETHER for column in range(14)
-)
-WORD_COLUMNS = DIGIT_7 // TOGETHER + 1
-
-_SHIFTS = 0x12600C078123
-"""Three times the digit of unit (a, b), a and b within -1..1, 5 bits at 5 * (3 a + b + 4): `turns` is shifted by it."""
-_SEVENTH = 1.0 / 7.0
-
-
-class PointBlock(NamedTuple):
-    """Room for `TOGETHER` points on their way to their cells: columns end to end in two arrays.
-
-    Two, so that LLVM sees that no column overlaps another; columns, so that it takes four or eight points at a time.
-    """
-
-    numbers: F64
-    words: I64
-
-
-def point_block() -> PointBlock:
-    """A block of points at latitude 0 and longitude 0."""
-    return PointBlock(np.zeros(NUMBER_COLUMNS * TOGETHER), np.zeros(WORD_COLUMNS * TOGETHER, np.int64))
-
-
-@inline_kernel
-def parent_odd(a: float, b: float) -> tuple[float, float, int]:
-    """Parent of a lattice point of odd resolution, (a, b) = (2 - w) parent + unit, and `_SHIFTS` of the unit.
-
-    Of whole numbers: remainders are within 3/7, so the product with a seventh rounds to the right one. The position in
-    `_SHIFTS` is that of the unit, 5 * (3 (a - 2 pa - pb) + b - 3 pb + pa + 4), multiplied out.
-    """
-    parent_a = ((3.0 * a - b) * _SEVENTH + _ROUND) - _ROUND
-    parent_b = ((a + 2.0 * b) * _SEVENTH + _ROUND) - _ROUND
-    place = (15.0 * a + 5.0 * b + 20.0) - (25.0 * parent_a + 30.0 * parent_b)
-    return parent_a, parent_b, (_SHIFTS >> signed(np.int32(place))) & 31
-
-
-@inline_kernel
-def parent_even(a: float, b: float) -> tuple[float, float, int]:
-    """As `parent_odd`, of even resolution: (a, b) = (3 + w) parent + unit."""
-    parent_a = ((2.0 * a + b) * _SEVENTH + _ROUND) - _ROUND
-    parent_b = ((3.0 * b - a) * _SEVENTH + _ROUND) - _ROUND
-    place = (15.0 * a + 5.0 * b + 20.0) - (50.0 * parent_a - 5.0 * parent_b)
-    return parent_a, parent_b, (_SHIFTS >> signed(np.int32(place))) & 31
-
-
-@lean_kernel
-def locate_together(block: PointBlock, tables: CellTables) -> None:
-    """`locate` for all points of a block, with the same bits: from LAT_E7 and LNG_E7 to CELL, X, Y, Z, CLEARANCE_M.
-
-    Loops that look up alternate with loops that only compute, which have no branch and become vector instructions:
-    1.6 times as fast as point by point with four lanes (AVX2). Digits are lattice steps in doubles, one by one instead
-    of two by a table. (Tried: single precision there, eight lanes: as fast. Lookups of pairs of digits kept: 1.07.)
-    """
-    numbers, words = block.numbers, block.words
-    planes, sines = tables.planes, tables.sines
-    # The nearest angles of the table of sines, and what remains (`sin_cos_e7`).
-    for i in range(TOGETHER):
-        angle_e7 = words[at(LAT_E7 + i)]
-        step = (angle_e7 + 2_155_872_256) >> SINE_SHIFT
-        numbers[at(REST_LAT + i)] = float(angle_e7 + 2_147_483_648 - (step << SINE_SHIFT))
-        numbers[at(SINE_LAT + i)] = sines[at(2 * step)]
-        numbers[at(COSINE_LAT + i)] = sines[at(2 * step + 1)]
-        angle_e7 = words[at(LNG_E7 + i)]
-        step = (angle_e7 + 2_155_872_256) >> SINE_SHIFT
-        numbers[at(REST_LNG + i)] = float(angle_e7 + 2_147_483_648 - (step << SINE_SHIFT))
-        numbers[at(SINE_LNG + i)] = sines[at(2 * step)]
-        numbers[at(COSINE_LNG + i)] = sines[at(2 * step + 1)]
-    for i in range(TOGETHER):
-        lat_sin, lat_cos = sin_cos_beside(
-            numbers[at(REST_LAT + i)] * RADIANS_PER_E7, numbers[at(SINE_LAT + i)], numbers[at(COSINE_LAT + i)]
-        )
-        lng_sin, lng_cos = sin_cos_beside(
-            numbers[at(REST_LNG + i)] * RADIANS_PER_E7, numbers[at(SINE_LNG + i)], numbers[at(COSINE_LNG + i)]
-        )
-        numbers[at(X + i)] = lat_cos * lng_cos
-        numbers[at(Y + i)] = lat_cos * lng_sin
-        numbers[at(Z + i)] = lat_sin
-    for i in range(TOGETHER):
-        face = find_face(
-            words[at(LAT_E7 + i)], words[at(LNG_E7 + i)],
-            numbers[at(X + i)], numbers[at(Y + i)], numbers[at(Z + i)], tables,
-        )  # fmt: skip
-        words[at(FACE + i)] = face
-        for column in range(PLANE_NUMBERS):
-            numbers[at(PLANE + column * TOGETHER + i)] = planes[at(face * PLANE_COLUMNS + CENTER + column)]
-    # Onto the face's plane, and to the nearest lattice point (`nearest_lattice_point`, in doubles throughout).
-    for i in range(TOGETHER):
-        x, y, z = numbers[at(X + i)], numbers[at(Y + i)], numbers[at(Z + i)]
-        cosine = along_plane(x, y, z, numbers, PLANE + CENTER * TOGETHER + i)
-        stretch = 1.0 / cosine
-        a = along_plane(x, y, z, numbers, PLANE + ROW_A * TOGETHER + i) * stretch
-        b = along_plane(x, y, z, numbers, PLANE + ROW_B * TOGETHER + i) * stretch
-        r = b - a
-        q_round = (a + _ROUND) - _ROUND
-        r_round = (r + _ROUND) - _ROUND
-        b_round = (b + _ROUND) - _ROUND
-        q_off = abs(a - q_round)
-        r_off = abs(r - r_round)
-        b_off = abs(b - b_round)
-        excess = q_round + r_round - b_round
-        q_worst = (q_off > r_off) & (q_off > b_off)
-        a_nearest = q_round - (excess if q_worst else 0.0)
-        b_nearest = b_round + (0.0 if q_worst else (excess if b_off > r_off else 0.0))
-        q_rest = a - a_nearest
-        s_rest = b_nearest - b
-        r_rest = -q_rest - s_rest
-        reach = max(abs(q_rest - r_rest), max(abs(r_rest - s_rest), abs(s_rest - q_rest)))
-        numbers[at(LATTICE_A + i)] = a_nearest
-        numbers[at(LATTICE_B + i)] = b_nearest
-        numbers[at(CLEARANCE_M + i)] = cell_clearance_m(0.5 - 0.5 * reach, cosine)
-    # Seven steps up, and the first digit that is not 0 (both in threes, as `turns` is shifted by them).
-    for i in range(TOGETHER):
-        a, b = numbers[at(LATTICE_A + i)], numbers[at(LATTICE_B + i)]
-        a, b, shift_7 = parent_odd(a, b)
-        a, b, shift_6 = parent_even(a, b)
-        a, b, shift_5 = parent_odd(a, b)
-        a, b, shift_4 = parent_even(a, b)
-        a, b, shift_3 = parent_odd(a, b)
-        a, b, shift_2 = parent_even(a, b)
-        a, b, shift_1 = parent_odd(a, b)
-        leading = shift_6 if shift_6 != 0 else shift_7
-        leading = shift_5 if shift_5 != 0 else leading
-        leading = shift_4 if shift_4 != 0 else leading
-        leading = shift_3 if shift_3 != 0 else leading
-        leading = shift_2 if shift_2 != 0 else leading
-        leading = shift_1 if shift_1 != 0 else leading
-        words[at(DIGIT_1 + i)] = shift_1
-        words[at(DIGIT_2 + i)] = shift_2
-        words[at(DIGIT_3 + i)] = shift_3
-        words[at(DIGIT_4 + i)] = shift_4
-        words[at(DIGIT_5 + i)] = shift_5
-        words[at(DIGIT_6 + i)] = shift_6
-        words[at(DIGIT_7 + i)] = shift_7
-        position = signed(np.int32(5.0 * a + b + 12.0))
-        words[at(ENTRY + i)] = (words[at(FACE + i)] * POSITION_COUNT + position) * 8 + (leading * 11 >> 5)
-    for i in range(TOGETHER):
-        entry = signed(tables.canonical[at(words[at(ENTRY + i)])])
-        words[at(BASE + i)] = entry & 127
-        words[at(TURNS + i)] = tables.turns[at((entry >> 7) // 49)]
-    for i in range(TOGETHER):
-        turns = words[at(TURNS + i)]
-        cell = words[at(BASE + i)] * 7 + (turns >> words[at(DIGIT_1 + i)] & 7)
-        cell = cell * 7 + (turns >> words[at(DIGIT_2 + i)] & 7)
-        cell = cell * 7 + (turns >> words[at(DIGIT_3 + i)] & 7)
-        cell = cell * 7 + (turns >> words[at(DIGIT_4 + i)] & 7)
-        cell = cell * 7 + (turns >> words[at(DIGIT_5 + i)] & 7)
-        cell = cell * 7 + (turns >> words[at(DIGIT_6 + i)] & 7)
-        words[at(CELL + i)] = cell * 7 + (turns >> words[at(DIGIT_7 + i)] & 7)
-
-
-@inline_kernel
-def along_plane(x: float, y: float, z: float, numbers: F64, column: int) -> float:
-    """Product of a vector with three neighbouring columns of a block."""
-    product: float = (
-        x * numbers[at(column)] + y * numbers[at(column + TOGETHER)] + z * numbers[at(column + 2 * TOGETHER)]
-    )
-    return product
-
-
-@lean_kernel
-def locate_points(lat_e7: I32, lng_e7: I32, tables: CellTables, block: PointBlock, cell: U32) -> None:
-    """`lat_e7`, `lng_e7` i32[n] -> `cell` u32[n]."""
-    for first in range(0, len(lat_e7), TOGETHER):
-        points = min(TOGETHER, len(lat_e7) - first)
-        for i in range(points):
-            block.words[at(LAT_E7 + i)] = lat_e7[at(first + i)]
-            block.words[at(LNG_E7 + i)] = lng_e7[at(first + i)]
-        locate_together(block, tables)
-        for i in range(points):
-            cell[at(first + i)] = block.words[at(CELL + i)]
 
 
 # ---------------------------------------------------------------- H3's own numbers

@@ -83,8 +83,7 @@ def cells_of(lat_e7: I32, lng_e7: I32) -> U32:
     if lat_e7.shape != lng_e7.shape:
         raise ValueError(f"lat_e7 and lng_e7 must have one length, got {len(lat_e7)} and {len(lng_e7)}")
     cell = np.empty(len(lat_e7), dtype=np.uint32)
-    lat_e7, lng_e7 = np.ascontiguousarray(lat_e7), np.ascontiguousarray(lng_e7)
-    cell_kernels.locate_points(lat_e7, lng_e7, cell_tables(), cell_kernels.point_block(), cell)
+    cell_kernels.locate_points(np.ascontiguousarray(lat_e7), np.ascontiguousarray(lng_e7), cell_tables(), cell)
     return cell
 
 
@@ -223,7 +222,6 @@ def cell_tables() -> CellTables:
         canonical=np.zeros(FACE_COUNT * POSITION_COUNT * 8, dtype=np.uint16),
         pairs=pairs,
         turned=turned,
-        turns=np.array([sum(_turn(d, turn) << 3 * d for d in range(7)) for turn in range(6)], dtype=np.int64),
         home=np.full((BASE_CELL_COUNT, 7, CANDIDATE_COUNT, 4), -1, dtype=np.int8),
         pentagon=pentagon,
     )

@@ -27,8 +27,6 @@ LONGEST = [
     "tests/page/test_page.py",
     "tests/loadtest/test_bench.py",
     "tests/loadtest/test_soak.py",
-    "tests/loadtest/test_locust_problems.py",
-    "tests/loadtest/simulation/test_simulation.py",
     "tests/flows/test_live.py",
     "tests/flows/test_recovery.py",
 ]

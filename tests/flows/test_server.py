@@ -289,3 +289,23 @@ def test_two_starts_at_once_give_one_server(tmp_path: Path) -> None:
     for own in started:
         own.close()
     assert EmbeddedServer.find(tmp_path) is None
+
+
+def test_expected_replies_are_taken_and_others_left_to_be_received(client: redis.Redis) -> None:
+    link = Link(client)
+    link.send([packed("MULTI"), packed("PING"), packed("EXEC"), packed("PING")])
+    assert not link.skip(b"+QUEUED\r\n")
+    assert link.skip(b"+OK\r\n+QUEUED\r\n")
+    assert link.receive() == [b"PONG"]
+    assert link.receive() == b"PONG"
+    link.close()
+    with pytest.raises(redis.ConnectionError, match="broken"):
+        link.skip(b"+OK\r\n")
+
+
+def test_link_that_waits_in_vain_for_expected_replies_is_broken(client: redis.Redis) -> None:
+    link = Link(client, answer_timeout_s=0.05)
+    with pytest.raises(redis.ConnectionError, match="the link to the server broke"):
+        link.skip(b"+OK\r\n")
+    with pytest.raises(redis.ConnectionError, match="broken"):
+        link.receive()

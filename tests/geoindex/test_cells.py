@@ -285,35 +285,6 @@ def _step(vectors: F64, bearing: F64, distance_m: F64) -> F64:
 
 
 @pytest.mark.parametrize("region", REGIONS)
-def test_points_taken_together_give_the_bits_of_points_taken_one_by_one(region: str) -> None:
-    rows = 20_000 + cell_kernels.TOGETHER - 20_000 % cell_kernels.TOGETHER
-    ((lat_e7, lng_e7),) = _chunks(region, 1, rows=rows)
-    cell, vectors, clearance_m = _locate(lat_e7, lng_e7)
-    block = cell_kernels.point_block()
-    columns = block.numbers.reshape(cell_kernels.NUMBER_COLUMNS, -1)
-    words = block.words.reshape(cell_kernels.WORD_COLUMNS, -1)
-    x, y, z, clearance, lat, lng, index = (
-        start // cell_kernels.TOGETHER
-        for start in (
-            cell_kernels.X,
-            cell_kernels.Y,
-            cell_kernels.Z,
-            cell_kernels.CLEARANCE_M,
-            cell_kernels.LAT_E7,
-            cell_kernels.LNG_E7,
-            cell_kernels.CELL,
-        )
-    )
-    for first in range(0, rows, cell_kernels.TOGETHER):
-        some = slice(first, first + cell_kernels.TOGETHER)
-        words[lat], words[lng] = lat_e7[some], lng_e7[some]
-        cell_kernels.locate_together(block, cell_tables())
-        assert np.array_equal(words[index], cell[some])
-        assert np.array_equal(columns[[x, y, z]].T, vectors[some])
-        assert np.array_equal(columns[clearance], clearance_m[some])
-
-
-@pytest.mark.parametrize("region", REGIONS)
 def test_nobody_leaves_the_cell_by_less_than_the_clearance(region: str) -> None:
     """10^6 points in all."""
     source = np.random.default_rng(7)
