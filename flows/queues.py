@@ -31,6 +31,7 @@ from flows.clock import CLOCK, Clock
 from flows.log import LogId, RawEntry, done_key, format_id, parse_id
 from flows.metrics import METRICS, Metrics
 from flows.push_commands import PushCommands, Tally
+from flows.resp import SKIPPED_BYTES_MAX
 from flows.server import Link, LinkOpener, ServerRefused, packed, worth_a_line
 from geoindex.columns import Push, PushColumns, Pushes
 
@@ -59,10 +60,6 @@ BACKOFF_S = (0.02, 1.0)
 
 _TOO_SMALL = "equal or smaller"
 """What the server says of an id that is not larger than the last: that entry is there already."""
-_BEGUN = b"+OK\r\n"
-_QUEUED_AT_ONCE = 64
-_MANY_QUEUED = b"+QUEUED\r\n" * _QUEUED_AT_ONCE
-"""Answers to commands of a transaction, before EXEC: compared as bytes, without an object each."""
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -271,15 +268,11 @@ class PushWriter:
     def _replies(self, link: Link, block: _Block) -> tuple[str | None, list[bool]]:
         """Why the block was not taken, or None; and for each XADD whether the entry is new. Reads every reply."""
         problem: str | None = None
-        left = block.push_count + 2  # MULTI, the XADDs, EVAL
-        left -= link.skip(_BEGUN)
-        while left:
-            if left >= _QUEUED_AT_ONCE and link.skip(_MANY_QUEUED):
-                left -= _QUEUED_AT_ONCE
-                continue
-            for _ in range(min(left, _QUEUED_AT_ONCE)):
+        count = block.push_count + 1  # the XADDs, EVAL; before them, MULTI
+        expected = b"+OK\r\n" + b"+QUEUED\r\n" * count
+        if len(expected) > SKIPPED_BYTES_MAX or not link.skip(expected):
+            for _ in range(count + 1):
                 reply = link.receive()
-                left -= 1
                 if isinstance(reply, redis.ResponseError) and problem is None:
                     problem = str(reply)
         results = link.receive()

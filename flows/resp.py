@@ -19,6 +19,9 @@ from redis.connection import DefaultParser
 LONG_BYTES = 16 << 10
 """Values from this size on get memory of their own."""
 
+SKIPPED_BYTES_MAX = 4 * LONG_BYTES
+"""As much as the smallest buffer holds."""
+
 MANY = 16
 """Replies from this number on are taken from the buffer together."""
 
@@ -36,7 +39,7 @@ class LinkParser:
     EXCEPTION_CLASSES: dict[str, Any] = cast(Any, DefaultParser).EXCEPTION_CLASSES
 
     def __init__(self, socket_read_size: int) -> None:
-        self._buffer = bytearray(max(4 * LONG_BYTES, socket_read_size))
+        self._buffer = bytearray(max(SKIPPED_BYTES_MAX, socket_read_size))
         self._view = memoryview(self._buffer)
         self._start = self._stop = 0
         self._socket: socket.socket | None = None
@@ -92,7 +95,7 @@ class LinkParser:
     def skip(self, expected: bytes) -> bool:
         """Whether exactly these bytes come next, which are whole replies. Then they are taken; else nothing is.
 
-        `expected`: smaller than the buffer. For answers that nearly always say the same: no object is made of them.
+        `expected`: at most `SKIPPED_BYTES_MAX`. For answers that nearly always say the same: no object is made of them.
         """
         while self._stop - self._start < len(expected):
             if not expected.startswith(self._view[self._start : self._stop]):
