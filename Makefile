@@ -41,7 +41,7 @@ test: $(VENV)/.dev ## Run the tests
 	@$(BIN)/tuanyuan warmup
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at full size: about 25 minutes, alone on the machine
+soak: $(VENV)/.dev ## Break a deployment in every way of the fault table, at full size: 25 to 35 minutes, alone on the machine
 	@$(BIN)/tuanyuan soak $(SOAK_ARGS)
 
 loadtest: $(VENV)/.dev ## Put a system of its own under load for two minutes: who was missed, what is slow, what gives way first

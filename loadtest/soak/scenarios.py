@@ -190,10 +190,17 @@ def two_workers(stage: Stage, size: Size) -> None:
 # ---- the server
 
 
+def _ready_flow(stage: Stage) -> ForkedFlow:
+    """A flow that has found its server: one that starts without a server ends, as `tuanyuan run` does."""
+    flow = stage.flow()
+    wait_until(lambda: "ready" in flow.said, "the flow to be ready")
+    return flow
+
+
 def kill_valkey(stage: Stage, size: Size) -> None:
     """SIGKILL of the server, and a new one on the same file."""
     stage.live()
-    flow = stage.flow()
+    flow = _ready_flow(stage)
     for _ in stage.rounds(size.times):
         stage.pause(0.1, 0.6)
         stage.restart_server(lambda: stage.pause(0.0, 0.3))
@@ -204,7 +211,7 @@ def kill_valkey(stage: Stage, size: Size) -> None:
 def truncated_tail(stage: Stage, size: Size) -> None:
     """The server dies and its append-only file has lost its end, somewhere in an entry."""
     stage.live()
-    flow = stage.flow()
+    flow = _ready_flow(stage)
     for _ in stage.rounds(size.times):
         stage.pause(0.3, 0.8)
         stage.restart_server(lambda: cut_tail(stage.server.directory, stage.chance.randrange(1, 60_000)))
