@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
+from types import ModuleType
 
 from tuanyuan import kernel_cache
 
@@ -46,45 +48,48 @@ def warmup() -> None:
     note(f"kernels: {KERNEL_CACHE}")
 
 
-def _add_commands() -> None:
-    """Commands import the kernels, so they are added after the cache's place is known."""
-    from tuanyuan.commands import (
-        alert,
-        audit,
-        audit_log,
-        bench,
-        dead_letters,
-        demo,
-        health,
-        match,
-        officer,
-        operator,
-        partner,
-        pull,
-        retention,
-        run,
-        send,
-        serve,
-        simulate,
-        soak,
-        top,
-    )
+COMMANDS = (
+    "match",
+    "run",
+    "serve",
+    "send",
+    "pull",
+    "audit",
+    "demo",
+    "health",
+    "top",
+    "retention",
+    "bench",
+    "simulate",
+    "soak",
+)
+"""Commands, each a function of `tuanyuan.commands.<name>`, as the help lists them."""
+GROUPS = ("alert", "dead-letters", "partner", "officer", "operator", "audit-log")
+"""Commands with commands of their own."""
 
-    for module in (match, run, serve, send, pull, audit, demo, health, top, retention, bench, simulate, soak):
-        name = module.__name__.rpartition(".")[2]
-        app.command(name, epilog=module.EPILOG)(getattr(module, name))
-    app.add_typer(alert.app, name="alert", epilog=alert.EPILOG)
-    app.add_typer(dead_letters.app, name="dead-letters", epilog=dead_letters.EPILOG)
-    app.add_typer(partner.app, name="partner", epilog=partner.EPILOG)
-    app.add_typer(officer.app, name="officer", epilog=officer.EPILOG)
-    app.add_typer(operator.app, name="operator", epilog=operator.EPILOG)
-    app.add_typer(audit_log.app, name="audit-log", epilog=audit_log.EPILOG)
+
+def module_of(name: str) -> ModuleType:
+    """The module of a command. It may import the kernels, so the cache's place has to be known."""
+    return importlib.import_module(f"tuanyuan.commands.{name.replace('-', '_')}")
+
+
+def _add_commands(named: str | None) -> None:
+    """Only the one that was named, if there is such a one: all others' imports would take longer than it does."""
+    is_known = named in COMMANDS or named in GROUPS
+    for name in COMMANDS:
+        if not is_known or name == named:
+            module = module_of(name)
+            app.command(name, epilog=module.EPILOG)(getattr(module, name))
+    for name in GROUPS:
+        if not is_known or name == named:
+            module = module_of(name)
+            app.add_typer(module.app, name=name, epilog=module.EPILOG)
 
 
 def main() -> None:
     """Run a command; Ctrl-C ends it with 130, a server out of reach with words instead of a traceback."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    _add_commands()
+    _add_commands(sys.argv[1] if len(sys.argv) > 1 else None)
     import redis
 
     try:

@@ -34,10 +34,14 @@ def use() -> Path:
     return folder
 
 
+def is_warm(folder: Path) -> bool:
+    """Whether every kernel of this version is there."""
+    return (folder / _COMPLETE).exists()
+
+
 def warm(folder: Path, say: Callable[[str], None]) -> None:
     """Compile every kernel now if this version's are not compiled yet, saying so."""
-    marker = folder / _COMPLETE
-    if marker.exists():
+    if is_warm(folder):
         return
     say("Compiling the kernels for this machine: once, about half a minute ...")
     started = time.monotonic()
@@ -46,7 +50,7 @@ def warm(folder: Path, say: Callable[[str], None]) -> None:
     run_every_kernel()
     say(f"Kernels compiled in {time.monotonic() - started:.0f} s and kept in {folder}")
     try:
-        marker.touch()
+        (folder / _COMPLETE).touch()
         if folder.parent == _root():
             _forget_old_versions(folder)
     except OSError:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.server import EmbeddedServer
+from tuanyuan import kernel_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "tuanyuan.cli"]
@@ -30,7 +31,8 @@ START_TIMEOUT_S, STOP_TIMEOUT_S = 60.0, 20.0
 _FORKING = """
 import contextlib, json, os, sys, tempfile
 from tuanyuan import cli
-from tuanyuan.commands import alert, demo, health, match, partner, pull, retention, run, send
+for name in cli.COMMANDS + cli.GROUPS:
+    cli.module_of(name)
 from flows.wire import decode_entry, encode_entry
 from geoindex.entries import Settings
 
@@ -216,5 +218,7 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 def compile_kernels(folder: Path) -> None:
     """So that no command of a test compiles first; does nothing the second time."""
+    if kernel_cache.is_warm(kernel_cache.use()):
+        return
     ended = run("warmup", folder=folder, timeout_s=110)
     assert ended.code == 0, ended.err
