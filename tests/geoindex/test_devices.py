@@ -12,6 +12,7 @@ from geoindex.device_kernels import NO_TIME, RECORD, DeviceColumns
 from geoindex.devices import DeviceTable
 from geoindex.kernels import hash_id, hash_secrets
 from geoindex.numba_typing import kernel
+from geoindex.snapshot import copied, fill_from
 
 SECRETS = hash_secrets(7)
 
@@ -116,6 +117,19 @@ def test_a_full_shard_is_refused_by_name() -> None:
     _put(table, [(0, "a"), (0, "b"), (0, "c")], 1)
     with pytest.raises(MemoryError, match="at most 3 devices in a shard, got 4"):
         table.make_room(1)
+
+
+def test_a_restored_table_finds_everyone_and_has_room_for_more_without_a_new_index() -> None:
+    table = DeviceTable()
+    devices = [(0, f"phone {number}") for number in range(20_000)]
+    rows = _put(table, devices, 100)
+    columns = copied(table.columns_in_use(), None)
+    restored = DeviceTable.restored(table.columns.counts.tolist(), table.told_words, fill_from(columns))
+    index = restored.columns.index
+    restored.make_room(1_000)
+    assert restored.columns.index is index
+    assert len(devices) / len(index) < 0.75
+    assert _put(restored, devices, 101) == rows
 
 
 @pytest.mark.parametrize("seed", range(4))
