@@ -69,6 +69,40 @@ _AT_ONCE = datetime(2000, 1, 1, tzinfo=UTC)
 """A next_awake in the past: Bytewax then sleeps nowhere, and the reader's wait is the only one."""
 
 
+class Turns:
+    """One shard at a time: a partition hands over entries when all of another's have reached the sink. For one thread.
+
+    Bytewax takes what all partitions have before any machine sees it, and the sink gets what they cause when all have
+    seen theirs. Without turns the first push of an alert waits until it was matched in every shard.
+    """
+
+    def __init__(self, reader: LogReader) -> None:
+        self._reader = reader
+        self._next: int | None = None
+        self._last = -1
+        self._entry_count = 0
+        """On their way from source to sink."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether entries are between source and sink."""
+        return self._entry_count > 0
+
+    def next(self) -> int | None:
+        """Whose turn it is now that none is under way: the next shard in a round that has entries; None: none has."""
+        if self._next is None:
+            self._next = self._reader.next_to_take(self._last)
+        return self._next
+
+    def begin(self, shard: int, entry_count: int) -> None:
+        """The shard, whose turn it is, hands over so many entries: none, if they are gone."""
+        self._next, self._last, self._entry_count = None, shard, entry_count
+
+    def arrive(self, entry_count: int) -> None:
+        """So many entries have reached the sink."""
+        self._entry_count -= entry_count
+
+
 class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
     """The shard logs as Bytewax partitions. Never blocks longer than `idle_wait_s`; ends when told to stop."""
 
@@ -80,9 +114,12 @@ class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
         idle_wait_s: float,
         stopping: threading.Event,
         clock: Clock = CLOCK,
+        turns: Turns | None = None,
     ) -> None:
+        """`turns`: shared with the sink of the same thread; None in a cluster, where it may be in another process."""
         self._reader = reader
         self._checkpointer = checkpointer
+        self._turns = turns
         self._shards = shards
         self._idle_wait_s = idle_wait_s
         self._stopping = stopping
@@ -108,6 +145,7 @@ class LogSource(FixedPartitionedSource[tuple[str, RawEntry | Reload], None]):
             self._stopping,
             self._begin,
             self._clock,
+            self._turns,
         )
 
     def _begin(self, shard: int) -> LogId | None:
@@ -132,8 +170,11 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
         stopping: threading.Event,
         begin: Callable[[int], LogId | None],
         clock: Clock,
+        turns: Turns | None,
     ) -> None:
         self._reader = reader
+        self._turns = turns
+        self._waits_for_turn = False
         self._shard = shard
         self._position_of = begin
         self._clock = clock
@@ -148,15 +189,29 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
     def next_batch(self) -> list[tuple[str, RawEntry | Reload]]:
         if self._stopping.is_set():
             raise StopIteration
+        if self._turns is not None and self._turns.is_under_way:
+            self._waits_for_turn = True
+            return []
         if self._waits_for:
             self._reader.wait(self._waits_for, self._idle_wait_s)
-        entries = self._reader.take(self._shard, ENTRIES_PER_BATCH)
+        entries = self._take()
         if not entries:
             reason = self._reader.stopped().get(self._shard)
             # Not before the reader knows its run of the server: it then notices when what `begin` sees is over.
             if reason is not None and self._reader.run_id is not None:
                 return self._begin(reason)
         return [(self._key, entry) for entry in entries]
+
+    def _take(self) -> list[RawEntry]:
+        if self._turns is None:
+            return self._reader.take(self._shard, ENTRIES_PER_BATCH)
+        turn = self._turns.next()
+        self._waits_for_turn = turn is not None and turn != self._shard
+        if turn != self._shard:
+            return []
+        entries = self._reader.take(self._shard, ENTRIES_PER_BATCH)
+        self._turns.begin(self._shard, len(entries))
+        return entries
 
     def _begin(self, reason: str) -> list[tuple[str, RawEntry | Reload]]:
         """Start the shard, or start it anew; nothing yet if the server or the disk does not answer."""
@@ -183,7 +238,8 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
 
     def next_awake(self) -> datetime | None:
         # While entries are in the flow, at Bytewax's own pace: asked for at once, it would spin and starve the writer.
-        return _AT_ONCE if self._reader.is_idle(self._shards) else None
+        # A turn ends without a wait, in this thread.
+        return _AT_ONCE if self._waits_for_turn or self._reader.is_idle(self._shards) else None
 
     def snapshot(self) -> None:
         return None
@@ -192,8 +248,9 @@ class _LogPartition(StatefulSourcePartition[tuple[str, RawEntry | Reload], None]
 class QueueSink(FixedPartitionedSink[ShardPushes, None]):
     """Hands what the machines cause to the push writer, entry by entry, and counts."""
 
-    def __init__(self, writer: PushWriter, shards: Sequence[int], metrics: Metrics) -> None:
-        self._writer, self._shards, self._metrics = writer, shards, metrics
+    def __init__(self, writer: PushWriter, shards: Sequence[int], metrics: Metrics, turns: Turns | None = None) -> None:
+        """`turns`: as for the source."""
+        self._writer, self._shards, self._metrics, self._turns = writer, shards, metrics, turns
 
     def list_parts(self) -> list[str]:
         return [shard_key(shard) for shard in self._shards]
@@ -202,14 +259,16 @@ class QueueSink(FixedPartitionedSink[ShardPushes, None]):
         return self._shards.index(shard_of_key(item_key))
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> _QueuePartition:
-        return _QueuePartition(self._writer, self._metrics)
+        return _QueuePartition(self._writer, self._metrics, self._turns)
 
 
 class _QueuePartition(StatefulSinkPartition[ShardPushes, None]):
-    def __init__(self, writer: PushWriter, metrics: Metrics) -> None:
-        self._writer, self._metrics = writer, metrics
+    def __init__(self, writer: PushWriter, metrics: Metrics, turns: Turns | None) -> None:
+        self._writer, self._metrics, self._turns = writer, metrics, turns
 
     def write_batch(self, values: list[ShardPushes]) -> None:
+        if self._turns is not None:
+            self._turns.arrive(len(values))
         for caused in values:
             self._writer.submit(caused.raw, caused.pushes, caused.partners)
             notes = caused.notes
@@ -276,11 +335,14 @@ class LiveFlow:
             config.trim_logs,
             clock,
         )
-        self.source = LogSource(self.reader, self.checkpointer, self._shards, self._idle_wait_s, self._stopping, clock)
+        turns = None if in_cluster else Turns(self.reader)
+        self.source = LogSource(
+            self.reader, self.checkpointer, self._shards, self._idle_wait_s, self._stopping, clock, turns
+        )
         # Who writes the pushes of a shard knows first what is done; in a cluster that may be another process.
         self._follower = DoneFollower(open_link, self._shards, self._on_done) if in_cluster else None
         self.writer = PushWriter(open_link, self._on_done if not in_cluster else _nothing, self.metrics, clock)
-        self.sink = QueueSink(self.writer, self._shards, self.metrics)
+        self.sink = QueueSink(self.writer, self._shards, self.metrics, turns)
         self._keeper = QueueKeeper(
             open_link, self._shards, self.metrics, config.keep_pushes, 1000 * config.queue_unread_alarm_s
         )

@@ -42,7 +42,10 @@ from flows.server import (
     worth_a_line,
 )
 from flows.wire import (
+    CLOSE,
+    PUBLISH,
     SETTINGS,
+    UPDATE,
     MalformedEntry,
     decode_entry,
     encode_entry,
@@ -95,6 +98,8 @@ SEND_BYTES = 8 << 20
 REPLY_ENTRIES_MAX = 64
 REPLY_BYTES_MAX = 16 << 20
 """Of one read over all shards, by the mean size of entries so far; the number of entries bounds the rest."""
+ALERT_EVENTS = frozenset({PUBLISH, UPDATE, CLOSE})
+"""Kinds of entries."""
 TICK_S = 1.0
 """A log silent for this long gets a tick."""
 BLOCK_S = 1.0
@@ -524,6 +529,7 @@ class LogReader:
     def take(self, shard: int, entries_max: int) -> list[RawEntry]:
         """The next entries of a shard, in log order; empty if there are none yet, or no credit. Never blocks.
 
+        An alert event is the last of them: what it causes goes out before anything else is matched.
         Raises RuntimeError if a reading thread has died of a programming error.
         """
         with self._changed:
@@ -531,9 +537,21 @@ class LogReader:
                 raise RuntimeError("the log reader has failed") from self._failure
             state = self._shards[shard]
             count = min(entries_max, len(state.queue), self._limits.in_flight_max - len(state.in_flight))
-            taken = [state.queue.popleft() for _ in range(count)]
+            taken: list[RawEntry] = []
+            while len(taken) < count and not (taken and taken[-1].kind in ALERT_EVENTS):
+                taken.append(state.queue.popleft())
             state.in_flight.extend((entry.log_id, _held_bytes(entry)) for entry in taken)
             return taken
+
+    def next_to_take(self, behind: int) -> int | None:
+        """The next shard that `take` has something of, cyclically behind a shard, by number; None if there is none."""
+        with self._changed:
+            found = [
+                shard
+                for shard, state in self._shards.items()
+                if state.queue and len(state.in_flight) < self._limits.in_flight_max
+            ]
+        return min(found, key=lambda shard: (shard <= behind, shard), default=None)
 
     def release(self, shard: int, log_id: LogId) -> None:
         """Everything taken up to `log_id` has left the flow: its pushes are in the queues."""

@@ -74,9 +74,11 @@ class PushCommands:
         self._shard = shard
         self._keys: dict[str, bytes] = {}
 
-    def add(self, log_id: LogId, segments: Sequence[Push | PushColumns], partners: Sequence[str]) -> None:
-        """Everything that one log entry caused. `partners`: names by `Push.partner`."""
-        numbers = np.zeros(len(partners), np.int64)
+    def add(self, log_id: LogId, segments: Sequence[Push | PushColumns], partners: Sequence[str], numbers: I64) -> None:
+        """What one log entry caused, or the next part of it. `partners`: names by `Push.partner`.
+
+        numbers: i64[partners]: number of the entry's last push in each partner's queue, 0 before the first; added to.
+        """
         for segment in segments:
             if isinstance(segment, PushColumns):
                 self._add_columns(log_id, segment, partners, numbers)

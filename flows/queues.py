@@ -14,6 +14,8 @@ none is skipped, hence:
                                                        "equal or smaller" comes back
 
 A MULTI carries as many log entries as wait, in log order, up to a size: entries without pushes cost next to nothing.
+A fan-out is written in several, of which only the last raises `done`: the first one is small, for the server shows its
+pushes to nobody before all of it has come.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 import redis
 
 from flows.clock import CLOCK, Clock
@@ -33,14 +36,15 @@ from flows.metrics import METRICS, Metrics
 from flows.push_commands import PushCommands, Tally
 from flows.resp import SKIPPED_BYTES_MAX
 from flows.server import Link, LinkOpener, ServerRefused, packed, worth_a_line
-from geoindex.columns import Push, PushColumns, Pushes
+from geoindex.columns import I64, Push, PushColumns, Pushes
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES_MAX = 2 << 20
-"""Of one MULTI: about 75 full push entries. *Measured* with 8 shards, fsync on a virtual disk: 256 KiB 3.0 M ids/s,
-1 MiB 5.6, 2 MiB 6.5, 4 MiB 6.6; a larger one holds up the server's other clients for longer."""
-BLOCK_ENTRIES_MAX = 4096
+FIRST_BLOCK_BYTES, BLOCK_GROWTH, BLOCK_BYTES_MAX = 64 << 10, 4, 2 << 20
+"""Of one MULTI: of the first one, how much larger the next may be while more waits, and the most: about 75 full push
+entries. *Measured* with 8 shards, fsync on a virtual disk: 256 KiB 3.0 M ids/s, 1 MiB 5.6, 2 MiB 6.5, 4 MiB 6.6; a
+larger one holds up the server's other clients for longer. Beside appends the server takes 16 KB between two fsyncs."""
+BLOCK_PARTS_MAX = 4096
 DONE_INTERVAL_S = 0.02
 """`done` moves at most this often when there is nothing to push: every SET is an fsync."""
 RAISE_DONE = b"""local known = redis.call('GET', KEYS[1])
@@ -67,13 +71,19 @@ _TOO_SMALL = "equal or smaller"
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """One log entry that has passed through the shard machine."""
+    """One log entry that has passed through the shard machine, or, of a large fan-out, a part of it."""
 
     log_id: LogId
     run_id: str
     segments: Sequence[Push | PushColumns]
     push_count: int
+    size_bytes: int
+    """About as many as its commands have."""
     partners: Sequence[str]
+    numbers: I64
+    """Of the entry's last push in each partner's queue so far; shared by its parts, which are encoded in order."""
+    is_end: bool
+    """Whether this is all of the entry, or its last part."""
 
 
 @dataclass(slots=True)
@@ -82,7 +92,10 @@ class _Block:
 
     parts: list[bytes | memoryview]
     last: _Waiting
+    done: LogId | None
+    """The last log entry that ends in it, if one does."""
     entry_count: int
+    """Log entries that end in it."""
     push_count: int
     tallies: list[tuple[int, Tally]]
     """What is written, with the ms of the log entry, for metrics."""
@@ -92,6 +105,8 @@ class _Block:
 class _Lane:
     """The writer's view of one shard."""
 
+    block_bytes_max: int
+    """Of the next block."""
     waiting: deque[_Waiting] = field(default_factory=deque)
     push_count: int = 0
     """Of the waiting entries; without any, `done` can wait a little."""
@@ -135,6 +150,8 @@ class PushWriter:
         self._failure: BaseException | None = None
         self._link_failures = 0
         self._link_retry_at_s = 0.0
+        self.first_block_bytes = FIRST_BLOCK_BYTES
+        """For simulators, whose fan-outs are small."""
 
     # Called by the flow, from its threads.
 
@@ -149,12 +166,13 @@ class PushWriter:
 
         Raises RuntimeError if the writing thread has died of a programming error.
         """
+        parts = list(_parts(raw, pushes, partners, self.first_block_bytes))
         with self._changed:
             if self._failure is not None:
                 raise RuntimeError("the push writer has failed") from self._failure
-            lane = self._lanes.setdefault(raw.shard, _Lane())
+            lane = self._lanes.setdefault(raw.shard, _Lane(self.first_block_bytes))
             was_empty = not lane.waiting
-            lane.waiting.append(_Waiting(raw.log_id, raw.run_id, pushes.segments, len(pushes), partners))
+            lane.waiting += parts
             lane.push_count += len(pushes)
             if pushes or was_empty:
                 self._changed.notify_all()
@@ -163,7 +181,8 @@ class PushWriter:
         """Log entries submitted and not confirmed yet."""
         with self._changed:
             return sum(
-                len(lane.waiting) + (lane.block.entry_count if lane.block else 0) for lane in self._lanes.values()
+                sum(part.is_end for part in lane.waiting) + (lane.block.entry_count if lane.block else 0)
+                for lane in self._lanes.values()
             )
 
     def drain(self, timeout_s: float) -> bool:
@@ -252,7 +271,7 @@ class PushWriter:
                 if lane.block is None and lane.waiting:
                     soon = lane.push_count or self._draining
                     if soon or now_s >= lane.done_at_s + DONE_INTERVAL_S:
-                        taken = _next_block(lane.waiting)
+                        taken = _next_block(lane.waiting, lane.block_bytes_max)
             if taken:
                 block = _block(shard, taken)  # not under the lock: it encodes
                 with self._changed:
@@ -268,7 +287,7 @@ class PushWriter:
     def _replies(self, link: Link, block: _Block) -> tuple[str | None, list[bool]]:
         """Why the block was not taken, or None; and for each XADD whether the entry is new. Reads every reply."""
         problem: str | None = None
-        count = block.push_count + 1  # the XADDs, EVAL; before them, MULTI
+        count = block.push_count + (block.done is not None)  # the XADDs, EVAL; before them, MULTI
         expected = b"+OK\r\n" + b"+QUEUED\r\n" * count
         if len(expected) > SKIPPED_BYTES_MAX or not link.skip(expected):
             for _ in range(count + 1):
@@ -320,9 +339,14 @@ class PushWriter:
             self._metrics.count("push_entries_total", new_count)
             self._metrics.count("push_entries_known_total", block.push_count - new_count)
         with self._changed:
-            lane.block, lane.failures, lane.retry_at_s, lane.done_at_s = None, 0, 0.0, now_s
+            lane.block, lane.failures, lane.retry_at_s = None, 0, 0.0
+            larger = min(BLOCK_BYTES_MAX, lane.block_bytes_max * BLOCK_GROWTH)
+            lane.block_bytes_max = larger if lane.push_count else self.first_block_bytes
+            if block.done is not None:
+                lane.done_at_s = now_s
             self._changed.notify_all()
-        self._on_done(shard, block.last.log_id)
+        if block.done is not None:
+            self._on_done(shard, block.done)
 
     # The link, and the run of the server it belongs to.
 
@@ -365,8 +389,9 @@ class PushWriter:
             lane.block, lane.failures, lane.retry_at_s = None, 0, 0.0
             self._metrics.alarms.clear("pushes_held", f"shard {shard}")
         while lane.waiting and lane.waiting[0].run_id in self._former_runs:
-            lane.push_count -= lane.waiting.popleft().push_count
-            dropped += 1
+            part = lane.waiting.popleft()
+            lane.push_count -= part.push_count
+            dropped += part.is_end
         if dropped:
             logger.warning("shard %d: dropped %d entries read from a run of the server that is over", shard, dropped)
             self._metrics.count("push_drops_total", dropped, shard=str(shard))
@@ -451,30 +476,49 @@ class DoneFollower:
             link.close()
 
 
-def _next_block(waiting: Iterable[_Waiting]) -> list[_Waiting]:
-    """The first entries that go into one block: as many as fit, one at least, all of one run of the server."""
+def _parts(raw: RawEntry, pushes: Pushes, partners: Sequence[str], bytes_max: int) -> Iterator[_Waiting]:
+    """What an entry caused, in parts of so many bytes: one, but for a fan-out."""
+    numbers = np.zeros(len(partners), np.int64)
+    part: list[Push | PushColumns] = []
+    size_bytes = push_count = 0
+    for segment in pushes.segments:
+        segment_count = len(segment) if isinstance(segment, PushColumns) else 1
+        segment_bytes = len(segment.id_bytes) + 2 * len(segment.id_end) + 200 * segment_count
+        if part and size_bytes + segment_bytes > bytes_max:
+            yield _Waiting(raw.log_id, raw.run_id, part, push_count, size_bytes, partners, numbers, is_end=False)
+            part, size_bytes, push_count = [], 0, 0
+        part.append(segment)
+        size_bytes += segment_bytes
+        push_count += segment_count
+    yield _Waiting(raw.log_id, raw.run_id, part, push_count, size_bytes, partners, numbers, is_end=True)
+
+
+def _next_block(waiting: Iterable[_Waiting], bytes_max: int) -> list[_Waiting]:
+    """The first parts that go into one block: as many as fit, one at least, all of one run of the server."""
     taken: list[_Waiting] = []
     size_bytes = 0
-    for entry in waiting:
-        size_bytes += sum(len(segment.id_bytes) + 2 * len(segment.id_end) for segment in entry.segments)
-        size_bytes += 200 * entry.push_count
-        if taken and (size_bytes > BLOCK_BYTES_MAX or entry.run_id != taken[0].run_id):
+    for part in waiting:
+        size_bytes += part.size_bytes
+        if taken and (size_bytes > bytes_max or part.run_id != taken[0].run_id):
             break
-        taken.append(entry)
-        if len(taken) == BLOCK_ENTRIES_MAX:
+        taken.append(part)
+        if len(taken) == BLOCK_PARTS_MAX:
             break
     return taken
 
 
-def _block(shard: int, entries: Sequence[_Waiting]) -> _Block:
+def _block(shard: int, parts: Sequence[_Waiting]) -> _Block:
     """One MULTI for consecutive log entries of a shard: their pushes in order, then `done`."""
     commands = PushCommands(shard)
     tallies: list[tuple[int, Tally]] = []
-    for entry in entries:
+    done: LogId | None = None
+    for part in parts:
         known = len(commands.tallies)
-        commands.add(entry.log_id, entry.segments, entry.partners)
-        tallies += ((entry.log_id[0], tally) for tally in commands.tallies[known:])
-    last = entries[-1]
-    done = packed("EVAL", RAISE_DONE, 1, done_key(shard), format_id(last.log_id)) + packed("EXEC")
-    push_count = sum(entry.push_count for entry in entries)
-    return _Block([packed("MULTI"), *commands.parts, done], last, len(entries), push_count, tallies)
+        commands.add(part.log_id, part.segments, part.partners, part.numbers)
+        tallies += ((part.log_id[0], tally) for tally in commands.tallies[known:])
+        if part.is_end:
+            done = part.log_id
+    end = b"" if done is None else packed("EVAL", RAISE_DONE, 1, done_key(shard), format_id(done))
+    sent = [packed("MULTI"), *commands.parts, end + packed("EXEC")]
+    push_count = sum(part.push_count for part in parts)
+    return _Block(sent, parts[-1], done, sum(part.is_end for part in parts), push_count, tallies)

@@ -59,7 +59,8 @@ def run_every_kernel() -> None:
         assert isinstance(decoded, Entry)
         caused = step(machine, decoded)
         _count(machine)
-        PushCommands(0).add((at_ms, seq), caused.pushes.segments, caused.partners)
+        numbers = np.zeros(len(caused.partners), np.int64)
+        PushCommands(0).add((at_ms, seq), caused.pushes.segments, caused.partners, numbers)
     # What a sender does, with columns of its own: Numba tells them from those that were decoded.
     two_shards = replace(settings, shard_count=2)
     for batch in (live, _recorded(live)):

@@ -204,7 +204,7 @@ def _plain_pipeline() -> list[Patch]:
 
     def replies(self: Any, link: Any, sent: Any) -> tuple[str | None, list[bool]]:
         problem, is_new = None, []
-        for _ in range(sent.push_count + 1):
+        for _ in range(sent.push_count + (sent.done is not None)):
             reply = link.receive()
             is_new.append(not isinstance(reply, Exception))
             if isinstance(reply, Exception) and "equal or smaller" not in str(reply):
@@ -230,8 +230,9 @@ def _takes_lost_replies_for_success() -> list[Patch]:
         break_link(self, problem)
         for shard, lane in self._lanes.items():
             if lane.block is not None:
-                done, lane.block = lane.block.last.log_id, None
-                self._on_done(shard, done)
+                done, lane.block = lane.block.done, None
+                if done is not None:
+                    self._on_done(shard, done)
 
     return [(PushWriter, "_break_link", breaking)]
 
@@ -253,8 +254,18 @@ def _done_may_turn_back() -> list[Patch]:
 
     def block(shard: int, entries: Any) -> Any:
         made = make(shard, entries)
-        made.parts[-1] = packed("SET", done_key(shard), format_id(made.last.log_id)) + packed("EXEC")
+        if made.done is not None:
+            made.parts[-1] = packed("SET", done_key(shard), format_id(made.done)) + packed("EXEC")
         return made
+
+    return [(queues, "_block", block)]
+
+
+def _done_with_a_part() -> list[Patch]:
+    make = queues._block
+
+    def block(shard: int, parts: Any) -> Any:
+        return make(shard, [replace(part, is_end=True) for part in parts])
 
     return [(queues, "_block", block)]
 
@@ -374,6 +385,9 @@ MUTATIONS: dict[str, Mutation] = {
     "skips-refused-blocks": Mutation("a block that the server refused is not sent again", _skips_refused_blocks),
     "lost-replies-are-success": Mutation("a block without a reply is not sent again", _takes_lost_replies_for_success),
     "done-before-pushes": Mutation("`done` is written before the pushes", _done_before_pushes),
+    "done-with-a-part": Mutation(
+        "`done` rises with the first block of a fan-out instead of the last", _done_with_a_part
+    ),
     "done-may-turn-back": Mutation("a worker that is behind sets `done` back", _done_may_turn_back),
     "ids-of-the-server": Mutation("push ids are the server's, not derived from the log", _ids_of_the_server),
     "grows-late": Mutation("a ring grows with the clock of the entry that revealed it", _grows_late),

@@ -254,6 +254,11 @@ def test_refused_append_is_raised(client: redis.Redis, writer: LogWriter) -> Non
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def take_all(reader: LogReader, shard: int) -> list[RawEntry]:
+    """All that can be taken: no more at once than up to an alert event."""
+    return list(itertools.chain.from_iterable(iter(lambda: reader.take(shard, 1000), [])))
+
+
 class Reading:
     """A reader driven round by round, without a thread."""
 
@@ -268,7 +273,7 @@ class Reading:
 
     def round(self) -> dict[int, list[RawEntry]]:
         self.reader.step()
-        return {shard: taken for shard in range(4) if (taken := self.reader.take(shard, 1000))}
+        return {shard: taken for shard in range(4) if (taken := take_all(self.reader, shard))}
 
 
 @pytest.fixture(autouse=True)
@@ -294,11 +299,24 @@ def test_reader_delivers_every_entry_in_log_order(client: redis.Redis, reading: 
     assert [(entry.shard, entry.log_id) for entry in reading.round()[1]] == [(1, later)]
 
 
+def test_an_alert_event_is_the_last_of_what_is_taken_at_once(client: redis.Redis, reading: Reading) -> None:
+    for entry in (CLOSE, Tick(), Tick(), CLOSE, CLOSE, Tick()):
+        append_entry(client, 2, entry)
+    reading.reader.step()
+    taken = list(iter(lambda: reading.reader.take(2, 1000), []))
+    assert [[entry.kind for entry in entries] for entries in taken] == [
+        [b"settings", b"close"],
+        [b"tick", b"tick", b"close"],
+        [b"close"],
+        [b"tick"],
+    ]
+
+
 def test_reader_begins_behind_its_positions(client: redis.Redis, open_link: LinkOpener, logs: Settings) -> None:
     ids = [append_entry(client, 2, CLOSE) for _ in range(5)]
     reading = Reading(open_link, {2: ids[2]})
     reading.reader.step()
-    assert [entry.log_id for entry in reading.reader.take(2, 10)] == ids[3:]
+    assert [entry.log_id for entry in take_all(reading.reader, 2)] == ids[3:]
     reading.reader.stop()
 
 
@@ -312,7 +330,7 @@ def test_entry_with_two_fields_arrives_as_no_kind_at_all(client: redis.Redis, re
 
 
 def test_reader_holds_no_more_than_its_limits(client: redis.Redis, open_link: LinkOpener, logs: Settings) -> None:
-    ids = [append_entry(client, 1, CLOSE) for _ in range(30)]
+    ids = [append_entry(client, 1, Tick()) for _ in range(30)]
     reader = Reading(open_link, limits=ReaderLimits(entries_max=8, in_flight_max=5)).reader
     for _ in range(3):
         reader.step()

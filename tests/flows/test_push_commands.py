@@ -34,7 +34,7 @@ def columns(pushes: list[tuple[int, int, int, list[str]]]) -> PushColumns:
 
 def written(log_id: tuple[int, int], segments: list[Push | PushColumns]) -> tuple[bytes, dict[str, int]]:
     commands = PushCommands(3)
-    commands.add(log_id, segments, PARTNERS)
+    commands.add(log_id, segments, PARTNERS, np.zeros(len(PARTNERS), np.int64))
     devices: dict[str, int] = {}
     for tally in commands.tallies:
         for partner, count in tally.devices_by_partner([True] * len(tally)).items():
@@ -73,7 +73,12 @@ def test_a_push_in_columns_is_the_command_that_was_worked_out_by_hand() -> None:
 
 def test_only_devices_of_new_entries_are_counted() -> None:
     commands = PushCommands(3)
-    commands.add((7, 0), [columns([(0, 0, 7, ["a", "b"]), (2, 0, 7, ["c"]), (2, 1, 7, ["d"])])], PARTNERS)
+    commands.add(
+        (7, 0),
+        [columns([(0, 0, 7, ["a", "b"]), (2, 0, 7, ["c"]), (2, 1, 7, ["d"])])],
+        PARTNERS,
+        np.zeros(len(PARTNERS), np.int64),
+    )
     (tally,) = commands.tallies
     assert tally.devices_by_partner([False, True, True]) == {"amap": 1, "didi": 1}
     assert tally.devices_by_partner([False, False, False]) == {}

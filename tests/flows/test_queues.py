@@ -234,6 +234,7 @@ def test_block_ends_at_its_size_and_the_next_goes_on_from_there(
     client: redis.Redis, writing: Writing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queues, "BLOCK_BYTES_MAX", 3000)
+    writing.writer.first_block_bytes = 3000
     for number in range(40):
         writing.submit((1000 + number, 0), [push(0, ids=("x" * 60,)), push(1)])
     writing.writer.step()
@@ -244,14 +245,50 @@ def test_block_ends_at_its_size_and_the_next_goes_on_from_there(
     assert [log_id_of(entry_id) for entry_id, _ in queue(client)] == [(1000 + number, 0) for number in range(40)]
 
 
-def test_entry_larger_than_a_block_goes_out_whole(
+def test_a_fan_out_goes_out_in_growing_blocks_and_is_done_with_the_last(
     client: redis.Redis, writing: Writing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queues, "BLOCK_BYTES_MAX", 1)
-    writing.submit((7, 0), [push(ids=(f"phone-{index}",)) for index in range(100)])
+    monkeypatch.setattr(queues, "BLOCK_BYTES_MAX", 4000)
+    writing.writer.first_block_bytes = 500  # two pushes of 200 bytes and their ids
+    writing.submit((6, 0), [])
+    writing.submit((7, 5), [push(index % 2, ids=(f"phone-{index}",)) for index in range(100)])
     writing.submit((8, 0), [push()])
+    sizes, known = [], 0
+    while writing.writer.waiting_count() > 1:
+        assert writing.done in ([], [(3, (6, 0))])
+        writing.writer.step()
+        count = sum(len(entries) for entries in all_queues(client).values())
+        sizes.append(count - known)
+        known = count
+    assert sizes[:4] == [2, 8, 18, 18]  # 500, 2,000 and 4,000 bytes
     writing.finish()
-    assert len(queue(client)) == 101
+    assert writing.done[-1] == (3, (8, 0))
+    for partner, name in enumerate(PARTNERS):
+        entries = [entry_id for entry_id, _ in queue(client, partner=name)]
+        assert entries[:50] == [push_id((7, 5), number) for number in range(1, 51)]
+        assert entries[50:] == ([push_id((8, 0), 1)] if partner == 0 else [])
+
+
+def test_a_fan_out_that_was_cut_off_is_completed_by_a_replay(
+    client: redis.Redis, open_link: LinkOpener, run_id: str
+) -> None:
+    caused = [push(index % 2, ids=(f"phone-{index}",)) for index in range(20)]
+    first = Writing(open_link, run_id)
+    first.writer.first_block_bytes = 500
+    first.submit((7, 0), caused)
+    first.writer.step()
+    first.writer.stop()
+    assert first.done == []
+    assert client.get(done_key(3)) is None
+    assert sum(len(entries) for entries in all_queues(client).values()) == 2
+    second = Writing(open_link, run_id)
+    second.submit((7, 0), caused)
+    second.finish()
+    second.writer.stop()
+    assert second.done == [(3, (7, 0))]
+    assert second.metrics.value("push_entries_known_total") == 2
+    for name in PARTNERS:
+        assert [entry_id for entry_id, _ in queue(client, partner=name)] == [push_id((7, 0), k) for k in range(1, 11)]
 
 
 def test_counts_and_latency_are_measured(writing: Writing) -> None:

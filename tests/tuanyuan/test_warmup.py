@@ -49,7 +49,8 @@ for sequence, entry in enumerate(entries):
     kind, payload = encode_entry(entry)
     caused = step(machine, decode(RawEntry(0, now_ms, sequence, kind, payload, "")))
     told += len(caused.pushes.segments)
-    PushCommands(0).add((now_ms, sequence), caused.pushes.segments, caused.partners)
+    numbers = np.zeros(len(caused.partners), np.int64)
+    PushCommands(0).add((now_ms, sequence), caused.pushes.segments, caused.partners, numbers)
 assert told, "nobody was in the ring: nothing was shown"
 print({name: count for name, count in kernels().items() if count != before[name]})
 """
