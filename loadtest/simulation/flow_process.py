@@ -12,7 +12,7 @@ from flows.checkpoints import CheckpointUnusable
 from flows.config import FlowConfig
 from flows.desk import Relay
 from flows.live import LiveFlow
-from flows.log import SettingsMismatch
+from flows.log import RawEntry, SettingsMismatch
 from flows.match import Reload, ShardLogic, decode, shard_key
 from flows.server import ServerRefused, check_server
 from geoindex.columns import U8
@@ -93,28 +93,37 @@ class FlowProcess(Process):
             self._relay.copy_pending()  # else at the next turn, as the thread does
 
     def _work(self) -> None:
-        for shard in self.world.rng.sample(self.shards, len(self.shards)):
-            try:
-                items = self._partitions[shard].next_batch()
-            except StopIteration:
-                self._end()
+        """Every shard that has something hands it over once: in turns, so some are asked again."""
+        left = self.world.rng.sample(self.shards, len(self.shards))
+        while left:
+            for shard in left:
+                try:
+                    items = self._partitions[shard].next_batch()
+                except StopIteration:
+                    self._end()
+                    return
+                if items:
+                    break
+            else:
                 return
-            if not items:
-                continue
-            entries = []
-            for _, raw in items:
-                if isinstance(raw, Reload):
-                    self.world.note(f"{self.name}: shard {raw.shard} starts behind {raw.position}")
-                    self._oracle.started(raw.shard, raw.position)
-                entries.append(decode(raw))
-            try:
-                caused, _ = self._logics[shard].on_batch(entries)
-            except CheckpointUnusable as problem:
-                # It was good when it was chosen. The flow dies of it, and its supervisor starts another.
-                self.world.note(f"{self.name} dies: {problem}")
-                self.world.kill(self)
-                raise Died(self) from None
-            self._sinks[shard].write_batch(list(caused))
+            left.remove(shard)
+            self._apply(shard, [item for _, item in items])
+
+    def _apply(self, shard: int, items: list[RawEntry | Reload]) -> None:
+        entries = []
+        for raw in items:
+            if isinstance(raw, Reload):
+                self.world.note(f"{self.name}: shard {raw.shard} starts behind {raw.position}")
+                self._oracle.started(raw.shard, raw.position)
+            entries.append(decode(raw))
+        try:
+            caused, _ = self._logics[shard].on_batch(entries)
+        except CheckpointUnusable as problem:
+            # It was good when it was chosen. The flow dies of it, and its supervisor starts another.
+            self.world.note(f"{self.name} dies: {problem}")
+            self.world.kill(self)
+            raise Died(self) from None
+        self._sinks[shard].write_batch(list(caused))
 
     def _end(self) -> None:
         """What `LiveFlow.run` does behind the dataflow."""
