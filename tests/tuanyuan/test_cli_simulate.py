@@ -63,7 +63,7 @@ def test_a_failing_seed_is_printed_with_its_story_and_how_to_play_it_again(json_
     else:
         assert done.stdout.startswith("1 seeds, ")
     assert "seed 0: " in done.stderr
-    assert "flow-1 starts with shards" in done.stderr
+    assert "flow-1: shard 1 starts behind" in done.stderr
     assert "\n  violated: " in done.stderr
     assert "again: tuanyuan simulate --seed 0 --mutation ids-of-the-server" in done.stderr
 
@@ -71,7 +71,7 @@ def test_a_failing_seed_is_printed_with_its_story_and_how_to_play_it_again(json_
 def test_the_trace_of_a_good_seed_is_shown_when_it_is_asked_for() -> None:
     done = ran("--seed", "3", "--trace")
     assert done.exit_code == 0, done.output
-    assert "flow-1 starts with shards" in done.stderr
+    assert "flow-1: shard 1 starts behind" in done.stderr
     assert " quiet" in done.stderr
 
 
