@@ -99,7 +99,7 @@ REPLY_ENTRIES_MAX = 64
 REPLY_BYTES_MAX = 16 << 20
 """Of one read over all shards, by the mean size of entries so far; the number of entries bounds the rest."""
 ALERT_EVENTS = frozenset({PUBLISH, UPDATE, CLOSE})
-"""Kinds of entries."""
+"""Kinds of entries of which each is the last that is taken at once."""
 TICK_S = 1.0
 """A log silent for this long gets a tick."""
 BLOCK_S = 1.0
@@ -533,8 +533,7 @@ class LogReader:
         Raises RuntimeError if a reading thread has died of a programming error.
         """
         with self._changed:
-            if self._failure is not None:
-                raise RuntimeError("the log reader has failed") from self._failure
+            self._raise_failure()
             state = self._shards[shard]
             count = min(entries_max, len(state.queue), self._limits.in_flight_max - len(state.in_flight))
             taken: list[RawEntry] = []
@@ -544,14 +543,22 @@ class LogReader:
             return taken
 
     def next_to_take(self, behind: int) -> int | None:
-        """The next shard that `take` has something of, cyclically behind a shard, by number; None if there is none."""
+        """The next shard that `take` has something of, cyclically behind a shard, by number; None if there is none.
+
+        Raises RuntimeError as `take`.
+        """
         with self._changed:
+            self._raise_failure()
             found = [
                 shard
                 for shard, state in self._shards.items()
                 if state.queue and len(state.in_flight) < self._limits.in_flight_max
             ]
         return min(found, key=lambda shard: (shard <= behind, shard), default=None)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("the log reader has failed") from self._failure
 
     def release(self, shard: int, log_id: LogId) -> None:
         """Everything taken up to `log_id` has left the flow: its pushes are in the queues."""

@@ -16,10 +16,11 @@ from flows.log import FIRST, LogReader, RawEntry, append_entry, ensure_settings
 from flows.match import ShardPushes, build_flow
 from flows.metrics import Metrics
 from flows.queues import PushWriter
-from flows.server import LinkOpener
+from flows.server import Link, LinkOpener
 from geoindex.columns import Pushes
 from geoindex.entries import Settings, Tick
 from geoindex.shard import ShardMachine
+from tests.flows.waiting import eventually
 
 SHARDS = range(4)
 ENTRIES_EACH = 21
@@ -108,6 +109,29 @@ def test_the_turn_goes_on_when_what_a_shard_had_is_gone(reader: LogReader) -> No
     turns.begin(0, len(reader.take(0, 8)))
     assert not turns.is_under_way
     assert turns.next() == 1
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_a_flow_does_not_go_on_without_its_reader(in_turns: bool) -> None:
+    def broken() -> Link:
+        raise ZeroDivisionError
+
+    reader = LogReader(broken, {0: FIRST})
+    turns = Turns(reader) if in_turns else None
+    source = LogSource(reader, cast(Checkpointer, None), [0], 0.0, threading.Event(), turns=turns)
+    partition = source.build_part("log", "0000", None)
+    assert partition.next_batch() == []
+    reader.start()
+
+    def raises() -> bool:
+        try:
+            partition.next_batch()
+        except RuntimeError as error:
+            return isinstance(error.__cause__, ZeroDivisionError)
+        return False
+
+    eventually(raises)
+    reader.stop()
 
 
 def test_nobodys_turn_is_it_when_there_is_nothing(open_link: LinkOpener) -> None:
