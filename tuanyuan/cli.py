@@ -75,15 +75,13 @@ def module_of(name: str) -> ModuleType:
 
 def _add_commands(named: str | None) -> None:
     """Only the one that was named, if there is such a one: all others' imports would take longer than it does."""
-    is_known = named in COMMANDS or named in GROUPS
-    for name in COMMANDS:
-        if not is_known or name == named:
-            module = module_of(name)
-            app.command(name, epilog=module.EPILOG)(getattr(module, name))
-    for name in GROUPS:
-        if not is_known or name == named:
-            module = module_of(name)
+    known = COMMANDS + GROUPS
+    for name in (named,) if named in known else known:
+        module = module_of(name)
+        if name in GROUPS:
             app.add_typer(module.app, name=name, epilog=module.EPILOG)
+        else:
+            app.command(name, epilog=module.EPILOG)(getattr(module, name))
 
 
 def main() -> None:
