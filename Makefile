@@ -99,7 +99,7 @@ distclean: clean ## Remove the virtual environment too
 # What the program needs, and the program itself: editable, so that a change of the source needs no new set-up.
 $(VENV)/.run: requirements/build.txt requirements/run.txt pyproject.toml $(if $(PYTHON),ask-python)
 	@scripts/make-venv $(VENV) '$(PYTHON)'
-	@echo 'Installing the locked requirements: about 165 MB, once'
+	@echo 'Installing the locked requirements: about 180 MB, once'
 	$(PIP_INSTALL) $(LOCKED) -r requirements/build.txt -r requirements/run.txt
 	$(PIP_INSTALL) --quiet --no-index --no-deps --no-build-isolation --editable .
 	@touch $@
