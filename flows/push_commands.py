@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from flows import wire_kernels as kernels
 from flows.log import LogId, format_id, push_key
 from flows.wire import encode_push, push_head
-from geoindex.columns import I64, U8, U16, U32, Push, PushColumns
+from geoindex.columns import I64, U8, U16, U32, Push, PushColumns, ToldAs
 
 PUSH_BITS = 24
 PUSH_COUNT_MAX = (1 << PUSH_BITS) - 1
@@ -72,7 +74,6 @@ class PushCommands:
         self.parts: list[bytes | memoryview] = []
         self.tallies: list[Tally] = []
         self._shard = shard
-        self._keys: dict[str, bytes] = {}
 
     def add(self, log_id: LogId, segments: Sequence[Push | PushColumns], partners: Sequence[str], numbers: I64) -> None:
         """What one log entry caused, or the next part of it. `partners`: names by `Push.partner`.
@@ -90,7 +91,7 @@ class PushCommands:
         entry_id = format_id(push_id(log_id, int(numbers[push.partner]))).encode()
         kind, payload = push.kind.encode(), encode_push(push)
         self.parts += (
-            self._command(partners[push.partner])
+            _command(self._shard, partners[push.partner])
             + b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n" % (len(entry_id), entry_id, len(kind), kind, len(payload)),
             payload,
             b"\r\n",
@@ -100,17 +101,15 @@ class PushCommands:
 
     def _add_columns(self, log_id: LogId, pushes: PushColumns, partners: Sequence[str], numbers: I64) -> None:
         push_id(log_id, 1)  # asserts what is asserted of one
-        heads = [b"" if told_as is None else push_head(*told_as[:2], "alert", told_as[2]) for told_as in pushes.alerts]
-        commands = [self._command(partner) for partner in partners]
-        head_bytes, head_end = _joined(heads)
-        command_bytes, command_end = _joined(commands)
-        room_each = COMMAND_BYTES_MAX + max(map(len, heads)) + max(map(len, commands))
+        heads = _heads(pushes.alerts)
+        commands = _commands(self._shard, tuple(partners))
+        room_each = COMMAND_BYTES_MAX + heads.longest + commands.longest
         out = np.empty(len(pushes) * room_each + len(pushes.id_bytes) + 2 * len(pushes.id_end), np.uint8)
         size = kernels.write_push_commands(
-            command_bytes,
-            command_end,
-            head_bytes,
-            head_end,
+            commands.bytes,
+            commands.ends,
+            heads.bytes,
+            heads.ends,
             log_id[0],
             np.uint64(log_id[1] << PUSH_BITS),
             numbers,
@@ -127,16 +126,36 @@ class PushCommands:
         counts = np.diff(pushes.id_stop, prepend=np.uint32(0))
         self.tallies.append(Tally(partners, "alert", pushes.partner, counts, of_pings=True))
 
-    def _command(self, partner: str) -> bytes:
-        """The beginning of an XADD to a partner's queue."""
-        command = self._keys.get(partner)
-        if command is None:
-            key = push_key(self._shard, partner).encode()
-            command = self._keys[partner] = b"*5\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n" % (len(key), key)
-        return command
+
+class _Joined(NamedTuple):
+    """Parts end to end, where each ends, and how long the longest is."""
+
+    bytes: U8
+    ends: U32
+    longest: int
 
 
-def _joined(parts: Sequence[bytes]) -> tuple[U8, U32]:
-    """Parts end to end, and where each ends."""
-    ends = np.cumsum([len(part) for part in parts], dtype=np.int64).astype(np.uint32)
-    return np.frombuffer(b"".join(parts), np.uint8), ends
+def _joined(parts: Sequence[bytes]) -> _Joined:
+    sizes = [len(part) for part in parts]
+    return _Joined(np.frombuffer(b"".join(parts), np.uint8), np.cumsum(sizes).astype(np.uint32), max(sizes))
+
+
+def _command(shard: int, partner: str) -> bytes:
+    """The beginning of an XADD to a partner's queue."""
+    key = push_key(shard, partner).encode()
+    return b"*5\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n" % (len(key), key)
+
+
+# Batches come by the thousand between two changes of what follows: encoded for each, it took the writer two thirds of
+# its time, and the interpreter's lock with it.
+
+
+@lru_cache(maxsize=64)
+def _commands(shard: int, partners: tuple[str, ...]) -> _Joined:
+    return _joined([_command(shard, partner) for partner in partners])
+
+
+@lru_cache(maxsize=64)
+def _heads(alerts: tuple[ToldAs | None, ...]) -> _Joined:
+    """What the payloads of pushes about each alert begin with; shards that are told the same share it."""
+    return _joined([b"" if told_as is None else push_head(*told_as[:2], "alert", told_as[2]) for told_as in alerts])
