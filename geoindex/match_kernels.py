@@ -27,7 +27,6 @@ from geoindex.device_kernels import (
     LOCATED,
     NO_CELL,
     NO_TIME,
-    ROWS,
     DeviceColumns,
     candidate,
     copy_id,
@@ -53,6 +52,8 @@ AHEAD_PINGS = 24
 RING_PINGS = 128
 """Of the ring that notes hashes and guesses: a power of two above 2 * AHEAD_PINGS."""
 RING_MASK = RING_PINGS - 1
+SCAN_ROWS = 1024
+"""Of a scan, taken together."""
 SLOW_PINGS = 32
 """Looked at closely together, so that what they need overlaps."""
 
@@ -378,43 +379,65 @@ def apply_pings(
 
 @lean_kernel
 def scan_ring(
-    table: DeviceColumns, alerts: AlertColumns, tables: CellTables, slot: int, live_from_ms: int, hit_row: U32
+    table: DeviceColumns,
+    alerts: AlertColumns,
+    tables: CellTables,
+    slot: int,
+    live_from_ms: int,
+    first: int,
+    stop: int,
+    hit_row: U32,
 ) -> int:
-    """A ring that is new or has grown meets the table: rows newly inside, ascending -> `hit_row`; returns how many.
+    """A ring that is new or has grown meets the rows `first` to `stop` of the table; several calls may share them out.
+
+    hit_row: rows newly inside, ascending; has room for `stop - first`. Returns how many.
 
     Live devices of the audience that were not told and are inside are marked as told. For every other device in the
     cover that was not told, the stay box is emptied: its next ping is looked at closely.
     """
     word = slot // 64
     mask = np.uint64(1) << np.uint64(slot % 64)
+    zone_row, zone_mask = alerts.zone_row, alerts.zone_mask
+    cells = table.cell
     told = table.told
     records = table.records
     hits = 0
-    for row in range(table.counts[ROWS]):
-        cell = table.cell[row]
-        if cell == NO_CELL:
-            continue
-        mask_row = alerts.zone_row[cell // CELLS_PER_ZONE]
-        if mask_row == 0:
-            continue
-        inside = alerts.zone_mask[mask_row, 0, word] & mask
-        if (inside | (alerts.zone_mask[mask_row, 1, word] & mask)) == 0 or told[row, word] & mask != 0:
-            continue
-        record = records[row]
-        if alerts.audience[record.partner, word] & mask == 0:
-            continue
-        if record.observed_at_ms >= live_from_ms:
-            if inside == 0:
-                x, y, z = unit_vector_e7(record.lat_e7, record.lng_e7, tables)
-                if chord2(x, y, z, alerts.centre, slot) <= alerts.chord2_max[slot]:
-                    inside = mask
-            if inside != 0:
-                told[row, word] |= mask
-                hit_row[hits] = row
-                hits += 1
+    for start in range(first, stop, SCAN_ROWS):
+        # Rows in the cover first: they stand far apart, and what is asked of one overlaps with the others. They wait
+        # where their hits will stand, for which there is always room.
+        covered = hits
+        for row in range(start, min(start + SCAN_ROWS, stop)):
+            cell = cells[at(row)]
+            if cell != NO_CELL:
+                mask_row = zone_row[at(cell // CELLS_PER_ZONE)]
+                if mask_row != 0 and (zone_mask[mask_row, 0, word] | zone_mask[mask_row, 1, word]) & mask != 0:
+                    prefetch(told, row)
+                    hit_row[at(covered)] = row
+                    covered += 1
+        untold = hits
+        for place in range(hits, covered):
+            row = at(hit_row[at(place)])
+            if told[row, word] & mask == 0:
+                prefetch(records, row)
+                hit_row[at(untold)] = row
+                untold += 1
+        for place in range(hits, untold):
+            row = at(hit_row[at(place)])
+            record = records[row]
+            if alerts.audience[record.partner, word] & mask == 0:
                 continue
-        record.stay_lat = 0
-        record.stay_lng = 0
+            if record.observed_at_ms >= live_from_ms:
+                inside = zone_mask[zone_row[at(cells[row] // CELLS_PER_ZONE)], 0, word] & mask != 0
+                if not inside:
+                    x, y, z = unit_vector_e7(record.lat_e7, record.lng_e7, tables)
+                    inside = chord2(x, y, z, alerts.centre, slot) <= alerts.chord2_max[slot]
+                if inside:
+                    told[row, word] |= mask
+                    hit_row[at(hits)] = row
+                    hits += 1
+                    continue
+            record.stay_lat = 0
+            record.stay_lng = 0
     return hits
 
 

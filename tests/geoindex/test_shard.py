@@ -7,13 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geoindex.entries import Settings, Tick
+from geoindex import shard, shares
+from geoindex.entries import Alert, AlertClose, AlertRevision, Settings, Tick
+from geoindex.match_kernels import SCAN_ROWS
 from geoindex.shard import SettingsRefused, ShardMachine
 from tests.geoindex.machines import run_machines
-from tests.reference.events import Log
+from tests.reference.events import Log, PingEvent
 from tests.reference.generator import HORIZONS_MS, generate_log, logs
 from tests.reference.matcher import by_device_and_alert, run_reference
 from tests.reference.worked_examples import EXAMPLES, Example
+
+NOW_MS = 1_700_000_000_000
+HOUR_MS = 3_600_000
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name.replace(" ", "_"))
@@ -51,6 +56,52 @@ def test_more_open_alerts_than_bits_in_a_word_give_what_the_reference_gives() ->
     log = generate_log(np.random.default_rng(5), event_count=3000, alert_count_max=300, horizon_ms=HORIZONS_MS[0])
     pushes = run_machines(log.settings, log.events, shards=2, cut=lambda: False, recorded=True)
     assert by_device_and_alert(pushes) == by_device_and_alert(run_reference(log).pushes)
+
+
+def _many_devices(device_count: int) -> Log:
+    """A table of several blocks, rings that appear, grow and end, phones of three partners, some of them old."""
+    rng = np.random.default_rng(11)
+    settings = Settings(shard_count=1, partners=("amap", "wechat", "unicom"))
+    pings = [
+        PingEvent(
+            settings.partners[int(rng.integers(3))],
+            f"phone-{number:05}",
+            int(rng.normal(30_6000000, 1_5000000)),
+            int(rng.normal(104_0000000, 1_5000000)),
+            NOW_MS - int(rng.integers(0, 7 * HOUR_MS)),
+        )
+        for number in range(device_count)
+    ]
+    schedule = ((1.0, 100.0), (2.0, 200.0), (None, 300.0))
+    wide = Alert("wide", 1, 30.6, 104.0, NOW_MS, schedule, NOW_MS + 24 * HOUR_MS)
+    narrow = Alert("narrow", 1, 31.0, 104.5, NOW_MS, ((None, 60.0),), NOW_MS + 24 * HOUR_MS, audience=("wechat",))
+    return Log(
+        settings,
+        (
+            *((NOW_MS, ping) for ping in pings),
+            (NOW_MS, AlertRevision("publish", wide, (2, 1))),
+            (NOW_MS + 1, AlertRevision("publish", narrow, (2, 2))),
+            (NOW_MS + HOUR_MS, Tick()),
+            (NOW_MS + 2 * HOUR_MS, Tick()),
+            (NOW_MS + 2 * HOUR_MS, AlertClose("wide", None, "found", (2, 3))),
+        ),
+    )
+
+
+def test_a_table_of_several_blocks_gives_what_the_reference_gives() -> None:
+    log = _many_devices(3 * SCAN_ROWS + 7)
+    pushes = run_machines(log.settings, log.events, cut=lambda: False)
+    expected = run_reference(log).pushes
+    assert len(expected) > SCAN_ROWS, "a ring that holds few phones tests little"
+    assert by_device_and_alert(pushes) == by_device_and_alert(expected)
+
+
+def test_a_scan_that_cores_share_gives_the_same_pushes_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = _many_devices(2 * SCAN_ROWS)
+    alone = run_machines(log.settings, log.events, cut=lambda: False)
+    monkeypatch.setattr(shard, "SCAN_SHARE_ROWS_MIN", 300)
+    monkeypatch.setattr(shares, "core_count", lambda: 3)
+    assert run_machines(log.settings, log.events, cut=lambda: False) == alone
 
 
 def test_a_log_must_begin_with_settings() -> None:
