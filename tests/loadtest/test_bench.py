@@ -61,9 +61,7 @@ def quiet(_words: str) -> None:
 
 @pytest.mark.parametrize("benchmark", list(RUNS))
 def test_smoke_run_verifies_itself_and_names_units(benchmark: Benchmark) -> None:
-    # The flow in two processes, to have that seen as well.
-    processes = "2" if benchmark is Benchmark.FLOW else "1"
-    done = CliRunner().invoke(app(), [benchmark.value, "--smoke", "--json", "--processes", processes])
+    done = CliRunner().invoke(app(), [benchmark.value, "--smoke", "--json"])
     assert done.exit_code == 0, done.output
     (line,) = done.stdout.splitlines()
     found = json.loads(line)
