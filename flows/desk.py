@@ -259,11 +259,8 @@ class Desk:
         key = alert_key(alert_id)
         while True:
             with self._client.pipeline(transaction=True) as pipeline:
-                cast(Any, pipeline).watch(key, *(companion.keys() if companion is not None else ()))
-                with self._client.pipeline(transaction=False) as reading:
-                    reading.get(key)
-                    reading.time()
-                    raw, (seconds, microseconds) = reading.execute()
+                watched = (key, *(companion.keys() if companion is not None else ()))
+                raw, (seconds, microseconds) = _watch_and_read(pipeline, watched, ("GET", key), ("TIME",))
                 known, now_ms = _read_state(raw), seconds * 1000 + microseconds // 1000
                 if companion is not None:
                     companion.look(known, now_ms)
@@ -283,6 +280,27 @@ class Desk:
                     raise_if_lost(error)
                     continue  # somebody was faster: look again, which for a stale edit ends in RevisionConflict
             return DeskAnswer(state.alert.revision, desk_id)
+
+
+def _watch_and_read(pipeline: Any, keys: Sequence[str], *reads: tuple[str | int, ...]) -> list[Any]:
+    """WATCH, and what is to stay as it is now, in one round trip. Answers as the client gives them, without WATCH's.
+
+    Behind it the pipeline is as behind its own `watch`, which would wait for an answer before anything can be read.
+    Raises redis.RedisError.
+    """
+    connection = pipeline.connection = pipeline.connection or pipeline.connection_pool.get_connection()
+    commands = [("WATCH", *keys), *reads]
+    connection.send_packed_command(connection.pack_commands(commands))
+    answers: list[Any] = []
+    for command in commands:
+        try:
+            answers.append(pipeline.parse_response(connection, command[0]))
+        except redis.ResponseError as error:
+            answers.append(error)  # those of the other commands have to be read, too
+    for answer in answers:
+        if isinstance(answer, redis.ResponseError):
+            raise answer
+    return answers[1:]
 
 
 def _open_alert(known: DeskAlert | None, alert_id: str, now_ms: int) -> DeskAlert:
@@ -378,18 +396,19 @@ class Relay:
             return min(positions)
         # A cluster takes no transaction over the keys of several shards. Elsewhere one saves 4 round trips a shard, and
         # a server that takes large appends lets each of them wait for the disk.
-        copied_to = [self._copy_to([shard]) for shard in lacking] if self._is_cluster else [self._copy_to(lacking)]
+        together = [[shard] for shard in lacking] if self._is_cluster else [lacking]
+        copied_to = [self._copy_to(shards, min(positions[shard] for shard in shards)) for shards in together]
         return min(*copied_to, *(copied for copied in positions if copied >= newest), newest)
 
-    def _copy_to(self, shards: Sequence[int]) -> LogId:
-        """Copy what the logs of some shards lack; returns the last desk id that all of them have."""
+    def _copy_to(self, shards: Sequence[int], seen: LogId) -> LogId:
+        """Copy what the logs of some shards lack; returns the last desk id that all of them have, `seen` by now."""
         keys = [relay_key(shard) for shard in shards]
         while True:
             with self._client.pipeline(transaction=True) as pipeline:
                 # Watched, so that a slow relay does not turn `relay` back behind a faster one's copies.
-                cast(Any, pipeline).watch(*keys)
-                copied = [_position(raw) for raw in cast("list[bytes | None]", self._client.mget(keys))]
-                events = self._events_after(min(copied))
+                raws, behind_seen = _watch_and_read(pipeline, keys, ("MGET", *keys), _events_behind(seen))
+                copied = [_position(raw) for raw in cast("list[bytes | None]", raws)]
+                events = [(parse_id(raw_id), fields) for raw_id, fields in behind_seen]
                 if not events:
                     return min(copied)
                 pipeline.multi()
@@ -405,15 +424,9 @@ class Relay:
                 except redis.WatchError as error:
                     raise_if_lost(error)
                     continue
+            seen = events[-1][0]
             if len(events) < RELAY_EVENTS_MAX:
-                return events[-1][0]
-
-    def _events_after(self, desk_id: LogId) -> list[tuple[LogId, Mapping[bytes, bytes]]]:
-        entries = cast(
-            "list[tuple[bytes, dict[bytes, bytes]]]",
-            self._client.xrange(DESK_KEY, min=f"({format_id(desk_id)}", count=RELAY_EVENTS_MAX),
-        )
-        return [(parse_id(raw_id), fields) for raw_id, fields in entries]
+                return seen
 
     def _entry(self, desk_id: LogId, fields: Mapping[bytes, bytes]) -> tuple[bytes, bytes] | None:
         """An event with its desk id in it; None, counted and logged, if what stands on the desk is no event."""
@@ -429,6 +442,11 @@ class Relay:
             logger.error("desk entry %s is passed over: %s", format_id(desk_id), malformed)
             return None
         return encode_entry(replace(event, desk_id=desk_id))
+
+
+def _events_behind(desk_id: LogId) -> tuple[str | int, ...]:
+    """The command that reads the desk's next events."""
+    return "XRANGE", DESK_KEY, f"({format_id(desk_id)}", "+", "COUNT", RELAY_EVENTS_MAX
 
 
 def _position(raw: bytes | None) -> LogId:

@@ -130,12 +130,13 @@ class SimulatedConnection:
         fate = self.route.fate(len(commands))
         if fate is not None:
             replies = [server.execute(session, command) for command in commands[: fate.executed_count]]
+            unread = list(self._replies)  # to what was sent before this: they have come, and can still be read
             self.disconnect()
             if fate.reply_count == 0 and fate.executed_count == 0 and not fate.timeout:
                 raise redis.ConnectionError("the link broke before anything was sent")
             self._session = session
             self._is_timing_out = fate.timeout
-            self._replies.extend(replies[: fate.reply_count])
+            self._replies.extend(unread + replies[: fate.reply_count])
             self._replies.append(_BROKEN)
         else:
             self._replies.extend([server.execute(session, command) for command in commands])

@@ -14,7 +14,6 @@ from typing import Any, cast
 from unittest import mock
 
 import numpy as np
-import redis
 
 from flows import checkpoints, desk, queues
 from flows.checkpointer import Checkpointer, _LogFacts
@@ -325,21 +324,24 @@ def _edits_again() -> list[Patch]:
 
 
 def _watches_nothing() -> list[Patch]:
-    def cast_or_not(_: Any, value: Any) -> Any:
-        return SimpleNamespace(watch=lambda *keys: None) if isinstance(value, redis.client.Pipeline) else value
+    watch_and_read = desk._watch_and_read
 
-    return [(desk, "cast", cast_or_not)]
+    def read(pipeline: Any, keys: Any, *reads: Any) -> Any:
+        return watch_and_read(pipeline, ["a key that nobody writes"], *reads)
+
+    return [(desk, "_watch_and_read", read)]
 
 
 def _marks_before_copying() -> list[Patch]:
-    def copy_to(self: Any, shards: Any) -> Any:
+    def copy_to(self: Any, shards: Any, seen: Any) -> Any:
         return min(copy_to_one(self, shard) for shard in shards)
 
     def copy_to_one(self: Any, shard: int) -> Any:
         while True:
             raw = self._client.get(relay_key(shard))
             copied = FIRST if raw is None else parse_id(raw)
-            events = self._events_after(copied)
+            behind = self._client.xrange(desk.DESK_KEY, f"({format_id(copied)}", count=RELAY_EVENTS_MAX)
+            events = [(parse_id(raw_id), fields) for raw_id, fields in behind]
             if not events:
                 return copied
             assert len(events) <= RELAY_EVENTS_MAX, "as many as were asked for"

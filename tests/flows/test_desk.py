@@ -14,7 +14,7 @@ import redis
 from flows import desk
 from flows.alert_json import AlertRefused
 from flows.desk import DESK_KEY, Desk, Relay, RelayThread, RevisionConflict, alert_key
-from flows.log import FIRST, SettingsMismatch, ensure_settings, format_id, last_id, log_key, parse_id, relay_key
+from flows.log import FIRST, LogId, SettingsMismatch, ensure_settings, format_id, last_id, log_key, parse_id, relay_key
 from flows.metrics import Metrics
 from flows.server import LinkOpener
 from flows.wire import decode_entry
@@ -121,6 +121,15 @@ def test_companion_looks_again_when_what_it_saw_has_changed(client: redis.Redis,
     assert beside.looks == [None, None, None]
     assert client.get("note:{desk}") == b"revision 1"
     assert len(events(client, DESK_KEY)) == 1
+
+
+def test_state_that_cannot_be_read_is_told_and_the_desk_goes_on(client: redis.Redis, alert_desk: Desk) -> None:
+    client.rpush(alert_key("a17"), "no state of ours")
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        alert_desk.publish(ALERT)
+    assert alert_desk.publish(replace(ALERT, alert_id="a18")).revision == 1, (
+        "answers left unread would be taken for these"
+    )
 
 
 def test_id_that_was_published_before_is_refused(alert_desk: Desk) -> None:
@@ -307,7 +316,7 @@ def test_relay_copies_to_the_log_that_lacks_an_event_and_to_no_other(
     relay = Relay(client)
     relay.copy_pending()
     second = alert_desk.close("a17", "found")
-    relay._copy_to([2])
+    relay._copy_to([2], FIRST)
     client.set(relay_key(1), format_id(FIRST))  # as if its server had lost what it knew: events come twice, with one id
     assert relay.copy_pending() == second.desk_id
     seen = [[event.desk_id for event in events(client, log_key(shard))] for shard in range(4)]
@@ -326,16 +335,50 @@ def test_relay_copies_more_than_fits_into_one_transaction(
     assert [len(events(client, log_key(shard))) for shard in range(4)] == [11] * 4
 
 
+def test_relay_that_has_been_overtaken_copies_nothing_twice(
+    client: redis.Redis, alert_desk: Desk, logs: Settings
+) -> None:
+    alert_desk.publish(ALERT)
+    last = alert_desk.update("a17", {"lat": 31.0}).desk_id
+    relay = Relay(client)
+    assert relay.copy_pending() == last
+    assert relay._copy_to(range(logs.shard_count), FIRST) == last, "seen: what it was before the other relay's copies"
+    for shard in range(logs.shard_count):
+        assert len(events(client, log_key(shard))) == 2
+        assert client.get(relay_key(shard)) == format_id(last).encode()
+
+
+def test_publication_takes_two_round_trips_and_its_copies_three(
+    client: redis.Redis, alert_desk: Desk, logs: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = Relay(client)
+    alert_desk.publish(ALERT)
+    relay.copy_pending()  # from now on connections are open, and the relay knows the logs
+    connection_class: Any = cast(Any, client).connection_pool.connection_class
+    sent: list[object] = []
+    send = connection_class.send_packed_command
+
+    def counted(connection: Any, command: Any, *arguments: Any, **options: Any) -> None:
+        sent.append(command)
+        send(connection, command, *arguments, **options)
+
+    monkeypatch.setattr(connection_class, "send_packed_command", counted)
+    alert_desk.publish(replace(ALERT, alert_id="a18"))
+    assert len(sent) == 2
+    relay.copy_pending()
+    assert len(sent) == 2 + 3
+
+
 def test_relay_that_died_between_shards_is_completed_by_the_next(
     client: redis.Redis, alert_desk: Desk, logs: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = alert_desk.publish(ALERT)
     copy_to = Relay._copy_to
 
-    def dies_at_shard_2(relay: Relay, shards: list[int]) -> Any:
+    def dies_at_shard_2(relay: Relay, shards: list[int], seen: LogId) -> Any:
         if shards == [2]:
             raise redis.ConnectionError("died")
-        return copy_to(relay, shards)
+        return copy_to(relay, shards, seen)
 
     monkeypatch.setattr(Relay, "_copy_to", dies_at_shard_2)
     with pytest.raises(redis.ConnectionError):
