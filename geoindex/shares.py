@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar, cast
+
+import numba
 
 Result = TypeVar("Result")
 
 
 def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, as Numba counts them when it is imported."""
+    return int(cast(Any, numba.config).NUMBA_DEFAULT_NUM_THREADS)
 
 
 def in_shares(work: Callable[[int, int], Result], row_count: int, share_rows_min: int) -> list[Result]:
