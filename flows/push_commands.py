@@ -150,7 +150,7 @@ def _command(shard: int, partner: str) -> bytes:
 # its time, and the interpreter's lock with it.
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _commands(shard: int, partners: tuple[str, ...]) -> _Joined:
     return _joined([_command(shard, partner) for partner in partners])
 
