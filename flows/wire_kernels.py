@@ -9,10 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from geoindex.columns import I32, I64, ID_BYTES_MAX, LAT_E7_MAX, LNG_E7_MAX, U8, U16, U32
-from geoindex.numba_typing import inline_kernel, kernel, load_u64
-
-Int = int | np.int64
-"""A whole number on either side of the compiler."""
+from geoindex.kernels import copy_id
+from geoindex.numba_typing import Int, inline_kernel, kernel, load_u64
 
 # --- msgpack ----------------------------------------------------------------------------------------------------------
 
@@ -174,7 +172,7 @@ def _write_text(raw: U8, start: Int, stop: Int, out: U8, at: Int) -> Int:
         out[at] = np.uint8(0xD9)
         out[at + 1] = np.uint8(size)
         at += 2
-    return _copy(raw, start, stop, out, at)
+    return copy_id(raw, start, stop, out, at, len(out))
 
 
 @inline_kernel
@@ -190,7 +188,6 @@ def write_texts(id_bytes: U8, id_end: U32, out: U8, at: int) -> Int:
     """Each id as a msgpack string into `out` u8[.] from position `at` on; returns the position behind the last.
 
     Ids of 1 to 64 bytes; `out` must have room for len(id_bytes) + 2 * len(id_end) bytes.
-    A plain byte loop: 13 ns an id of 26 bytes, a 30th of what a list of Python strings costs.
     """
     start = np.int64(0)
     position: Int = np.int64(at)
@@ -543,9 +540,7 @@ def group_rows(
             if with_at:
                 at_ms_out[new_row] = at_ms[row]
             new_id = next_id[to]
-            for index in range(stop - start):
-                id_bytes_out[new_id + index] = id_bytes[start + index]
-            new_id += stop - start
+            new_id = copy_id(id_bytes, start, stop, id_bytes_out, new_id, id_start[to + 1])
             next_id[to] = new_id
             id_end_out[new_row] = np.uint32(new_id - id_start[to])
         start = stop

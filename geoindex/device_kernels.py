@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from geoindex.cell_kernels import at
 from geoindex.columns import I64, U8, U32, U64
-from geoindex.kernels import scaled
+from geoindex.kernels import copy_id, scaled
 from geoindex.numba_typing import inline_kernel, lanes_equal, lean_kernel, lowest_bit, prefetch
 
 HEAD_BYTES = 12
@@ -367,16 +367,23 @@ def id_ends(records: Records, rows: U32, id_end: U32) -> None:
 
 
 @inline_kernel
-def copy_id(records: Records, heap: U8, row: int, id_bytes: U8, byte: int) -> int:
-    """A row's id -> `id_bytes` from `byte` on; returns the position behind it."""
+def copy_id_of(records: Records, heap: U8, row: int, id_bytes: U8, byte: int) -> int:
+    """A row's id -> `id_bytes` from `byte` on; returns the position behind it.
+
+    What follows in `id_bytes` may be overwritten, as by `copy_id`.
+    """
     record = records[row]
     length = np.int64(record.id_length)
-    for offset in range(min(length, HEAD_BYTES)):
+    if byte + HEAD_BYTES > len(id_bytes):
+        for offset in range(length):
+            id_bytes[byte + offset] = record.head[offset]
+        return byte + length
+    for offset in range(HEAD_BYTES):
         id_bytes[byte + offset] = record.head[offset]
-    tail = np.int64(record.tail) * TAIL_UNIT_BYTES - HEAD_BYTES
-    for offset in range(HEAD_BYTES, length):
-        id_bytes[byte + offset] = heap[tail + offset]
-    return byte + length
+    if length <= HEAD_BYTES:
+        return byte + length
+    tail = np.int64(record.tail) * TAIL_UNIT_BYTES
+    return copy_id(heap, tail, tail + length - HEAD_BYTES, id_bytes, byte + HEAD_BYTES, len(id_bytes))
 
 
 @lean_kernel
@@ -384,6 +391,8 @@ def gather_ids(records: Records, heap: U8, rows: U32, id_bytes: U8) -> None:
     """Ids of rows, end to end -> `id_bytes` u8[id_end[-1]]."""
     byte = 0
     for position in range(len(rows)):
+        if position + 32 < len(rows):
+            prefetch(records, rows[position + 32])
         if position + 16 < len(rows):
             prefetch(heap, np.int64(records[rows[position + 16]].tail) * TAIL_UNIT_BYTES)
-        byte = copy_id(records, heap, rows[position], id_bytes, byte)
+        byte = copy_id_of(records, heap, rows[position], id_bytes, byte)

@@ -1,4 +1,6 @@
-"""Hashing of device ids: the one function behind shards and the device table.
+"""Hashing and copying of device ids.
+
+One hash function is behind shards and the device table.
 
 `mum128`: two lanes, each folding 128-bit products of pairs of (8 bytes of id xor secret) into 64 bits, after the
 multiply-and-fold idea of wyhash (Wang Yi, https://github.com/wangyi-fudan/wyhash, public domain). 128 bits identify
@@ -13,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from geoindex.columns import U8, U16, U32, U64
-from geoindex.numba_typing import inline_kernel, kernel, load_u32, load_u64, mulhi_lo
+from geoindex.numba_typing import BLOCK_BYTES, Int, copy_64, inline_kernel, kernel, load_u32, load_u64, mulhi_lo
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -91,6 +93,21 @@ def scaled(hash_value: np.uint64, size: np.uint64) -> int:
     """A u64 hash -> [0, size) without a division (Lemire, ACM TOMACS 2019, doi:10.1145/3230636)."""
     high, _ = mulhi_lo(hash_value, size)
     return np.int64(high)
+
+
+@inline_kernel
+def copy_id(source: U8, start: Int, stop: Int, target: U8, place: Int, room: Int) -> Int:
+    """Bytes `start` to `stop` of `source`, at most 64, into `target` from `place` on; returns the place behind them.
+
+    What follows up to `target[room]` may be overwritten, by up to 64 bytes in all: ids stand end to end, and the next
+    one is written later. A loop over the bytes of one id costs 13 ns, mostly for its mispredicted end.
+    """
+    if start + BLOCK_BYTES <= len(source) and place + BLOCK_BYTES <= room:
+        copy_64(source, start, target, place)
+    else:
+        for offset in range(stop - start):
+            target[place + offset] = source[start + offset]
+    return place + stop - start
 
 
 @kernel

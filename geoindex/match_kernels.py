@@ -29,7 +29,7 @@ from geoindex.device_kernels import (
     NO_TIME,
     DeviceColumns,
     candidate,
-    copy_id,
+    copy_id_of,
     find,
     home_slot,
     insert,
@@ -484,7 +484,7 @@ def group_hits(
             pushes += 1
             in_push = 0
         in_push += 1
-        byte = copy_id(records, table.heap, hit_row[hit], id_bytes, byte)
+        byte = copy_id_of(records, table.heap, hit_row[hit], id_bytes, byte)
         id_end[place] = byte
         id_stop[pushes - 1] = place + 1
     return pushes

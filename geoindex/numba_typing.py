@@ -5,6 +5,7 @@
     prefetch        asks for a cache line before it is needed
     mulhi_lo        64 x 64 -> 128 bit product
     lanes_equal     compares the 16 numbers of a cache line at once
+    copy_64         copies 64 bytes at once
 
 No fastmath anywhere: the shard machine must give the same bits on every run and every machine, so LLVM may neither
 reorder sums nor fuse a multiplication with an addition.
@@ -27,6 +28,9 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+Int = int | np.int64
+"""A whole number on either side of the compiler."""
 
 # Numba's own types have no annotations.
 _cgutils: Any = numba.core.cgutils
@@ -208,4 +212,37 @@ lanes_equal = cast(Callable[[npt.NDArray[np.uint32], Any, Any, Any], np.uint64],
 `value`, as a u64 of 16 bits, the first number's being the lowest.
 
 `array`: u32, contiguous; `index`: where 16 numbers begin that fill one cache line (the address is a multiple of 64).
+"""
+
+
+BLOCK_BYTES = 64
+
+
+def _copy_64(_typing_context: Any, source: Any, start: Any, target: Any, place: Any) -> Any:
+    """Build `copy_64`: one unaligned vector load and store."""
+    if any(not isinstance(array, _types.Array) or array.dtype != _types.uint8 for array in (source, target)):
+        return None
+    if not isinstance(start, _types.Integer) or not isinstance(place, _types.Integer):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        block = ir.VectorType(ir.IntType(8), BLOCK_BYTES)
+
+        def address(array: int) -> Any:
+            array_type = signature.args[array]
+            array_value = context.make_array(array_type)(context, builder, arguments[array])
+            position = context.cast(builder, arguments[array + 1], signature.args[array + 1], _types.intp)
+            item = _cgutils.get_item_pointer(context, builder, array_type, array_value, [position], wraparound=False)
+            return builder.bitcast(item, block.as_pointer())
+
+        builder.store(builder.load(address(0), align=1), address(2), align=1)
+        return context.get_dummy_value()
+
+    return _types.void(source, start, target, place), generate
+
+
+copy_64 = cast(Callable[[npt.NDArray[np.uint8], Any, npt.NDArray[np.uint8], Any], None], intrinsic(_copy_64))
+"""`copy_64(source, start, target, place)`, inside kernels only: 64 bytes from `source[start]` on go to `target[place]`.
+
+Both u8, contiguous, and both must hold those 64 bytes; if the two overlap, what was there before is copied.
 """

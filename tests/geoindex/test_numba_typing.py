@@ -8,8 +8,9 @@ from typing import Any, cast
 import numba
 import numpy as np
 
-from geoindex.columns import U64
-from geoindex.numba_typing import inline_kernel, kernel, mulhi_lo, prefetch
+from geoindex.columns import U8, U64
+from geoindex.kernels import copy_id
+from geoindex.numba_typing import Int, copy_64, inline_kernel, kernel, mulhi_lo, prefetch
 
 
 @kernel
@@ -37,6 +38,20 @@ def _prefetch_row(table: U64, index: int) -> int:
     prefetch(table, index)
     prefetch(table, np.uint32(index))
     return int(table[index, 1])
+
+
+@kernel
+def _copy_block(source: U8, start: int, target: U8, place: int) -> None:
+    copy_64(source, start, target, place)
+
+
+@kernel
+def _copy_ids(source: U8, ends: U64, target: U8, place: Int, room: int) -> Int:
+    start: Int = 0
+    for end in ends:
+        place = copy_id(source, start, np.int64(end), target, place, room)
+        start = np.int64(end)
+    return place
 
 
 def test_mulhi_lo_gives_the_whole_128_bit_product() -> None:
@@ -77,3 +92,23 @@ def test_prefetch_reaches_the_machine_code() -> None:
 def test_inline_kernels_leave_no_call_behind() -> None:
     (code,) = _compiled_afresh().inspect_llvm().values()
     assert not [line for line in code.splitlines() if " call " in line and "_twice" in line]
+
+
+def test_copy_64_copies_64_bytes_and_nothing_beside_them() -> None:
+    source = np.arange(100, dtype=np.uint8)
+    for start, place in ((0, 0), (36, 0), (0, 36), (7, 13)):
+        target = np.full(100, 255, np.uint8)
+        _copy_block(source, start, target, place)
+        assert target.tolist() == [255] * place + list(range(start, start + 64)) + [255] * (36 - place)
+
+
+def test_ids_are_copied_end_to_end_and_nothing_behind_their_room() -> None:
+    draw = np.random.default_rng(7)
+    for lengths in ([1], [64], [64, 64], [63, 1], list(range(1, 65)), draw.integers(1, 65, 200).tolist()):
+        ends = np.cumsum(lengths).astype(np.uint64)
+        source = draw.integers(1, 250, int(ends[-1]), dtype=np.uint8)
+        target = np.full(len(source) + 200, 255, np.uint8)
+        stop = _copy_ids(source, ends, target, 3, 3 + len(source))
+        assert stop == 3 + len(source)
+        assert target[3:stop].tobytes() == source.tobytes()
+        assert set(target[:3].tolist()) | set(target[stop:].tolist()) == {255}
