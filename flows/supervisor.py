@@ -1,4 +1,5 @@
-"""The supervisor of the embedded server: starts it again when it ends, and watches the disk that it writes to.
+"""The supervisor of the embedded server: starts it again when it ends, watches the disk that it writes to, and keeps
+its file out of the page cache.
 
     thread, in every process that started or joined the server; only the owner's acts, until it is gone
 
@@ -95,6 +96,7 @@ class Supervisor:
                 self._failures = 0
             if not self._failures:
                 self._metrics.alarms.clear("supervisor")
+            self._server.drop_file_cache()
             return
         if self._ended_at_s is None:
             self._ended_at_s = now_s

@@ -36,6 +36,7 @@ from flows.log import (
 )
 from flows.metrics import STATS_KEY, Stats, read_stats
 from flows.server import EmbeddedServer, connect, link_opener
+from flows.supervisor import Supervisor
 from flows.wire import decode_push
 from geoindex.columns import PingBatch
 from geoindex.entries import Alert, Settings
@@ -275,12 +276,15 @@ def live_system(
         tempfile.TemporaryDirectory(prefix="tuanyuan-bench-") as folder,
         EmbeddedServer.start(Path(folder) / "valkey", port=None, memory_bytes_max=memory_bytes_max) as server,
     ):
+        supervisor = Supervisor(server)
         system = LiveSystem(server, Path(folder), settings, process_count, checkpoint_interval_s)
         try:
+            supervisor.start()
             system.start()
             yield system
         finally:
             system.stop()
+            supervisor.stop()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from flows import checkpoints
-from flows.checkpointer import Checkpointer, LogTooShort
+from flows.checkpointer import Checkpointer, LogTooShort, room
 from flows.checkpoints import Checkpoint, CheckpointAbandoned, CheckpointStore, CheckpointUnusable, OpenCheckpoint
 from flows.log import (
     FIRST,
@@ -33,6 +33,7 @@ from flows.log import (
     trimmed_key,
 )
 from flows.metrics import Metrics
+from geoindex.columns import U8
 from geoindex.entries import HOUR_MS, Settings, Tick
 from geoindex.shard import SettingsRefused, ShardMachine
 from geoindex.snapshot import Columns
@@ -382,6 +383,24 @@ def test_a_checkpoint_of_a_machine_that_was_replaced_never_becomes_final(start: 
     flow.done(flow.position)
     time.sleep(0.1)
     assert flow.positions() == []
+
+
+def test_room_is_made_once_and_serves_the_checkpoints_that_follow(start: Callable[..., Flow]) -> None:
+    flow = start()
+    made: list[int] = []
+
+    def counted(size_bytes: int) -> U8:
+        made.append(size_bytes)
+        return room(size_bytes)
+
+    flow.checkpointer.prepare_room = counted
+    flow.tick()
+    flow.machine = some_machine()
+    assert flow.machine.snapshot_bytes > 0
+    flow.checkpointer.start()
+    flow.until(lambda: flow.count("checkpoints_total") >= 3)
+    assert len(made) == 1
+    assert made[0] >= flow.machine.snapshot_bytes
 
 
 def test_the_log_is_trimmed_behind_the_older_of_two_checkpoints(

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -239,6 +240,27 @@ def test_stale_state_with_the_pid_of_a_stranger_is_not_believed(tmp_path: Path) 
 def test_damaged_state_is_not_believed(tmp_path: Path, text: str) -> None:
     (tmp_path / "server.json").write_text(text)
     assert EmbeddedServer.find(tmp_path) is None
+
+
+def test_embedded_server_keeps_memory_it_freed_and_rewrites_no_small_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments: list[dict[str, str]] = []
+
+    def noted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        environments.append(options["env"])
+        return popen(*arguments, **options)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "4096")
+    with start(tmp_path / "v") as own:
+        (environment,) = environments
+        assert environment["MALLOC_TRIM_THRESHOLD_"] == str(1 << 30)
+        assert environment["MALLOC_TOP_PAD_"] == "4096", "what somebody has set stays"
+        client = connect(own.url)
+        assert client.config_get("auto-aof-rewrite-min-size") == {"auto-aof-rewrite-min-size": str(16 << 20)}
+        client.close()
 
 
 def test_directory_too_long_for_a_socket_gets_one_elsewhere(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from flows import server as server_module
 from flows import supervisor as module
 from flows.guards import PINGS_HELD_KEY
 from flows.metrics import Metrics
@@ -192,6 +193,23 @@ def test_a_server_that_hangs_is_never_started_a_second_time(watched: Watched, mo
         with pytest.raises(RuntimeError, match=f"process {watched.server.pid}\\) gave no answer"):
             start(watched.server.directory)
     assert watched.restarts() == 0
+
+
+def test_the_file_of_a_server_that_runs_is_kept_out_of_the_page_cache(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[str] = []
+    monkeypatch.setattr(
+        server_module, "drop_cache", lambda descriptor: dropped.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    watched.step()
+    folder = watched.server.directory.resolve() / "appendonlydir"
+    assert sorted(dropped) == sorted(str(path) for path in folder.glob("*.aof"))
+    assert dropped
+    dropped.clear()
+    watched.kill()
+    watched.step()
+    assert not dropped, "a server that is started reads its file"
 
 
 def test_a_disk_that_is_nearly_full_holds_pings_back(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
