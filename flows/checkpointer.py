@@ -471,9 +471,10 @@ class Checkpointer:
             self._done_with(shard, self._soon_s())
             return
         try:
-            if len(self._room) < seat.machine.snapshot_bytes:
+            wanted_bytes = round(seat.machine.snapshot_bytes * ROOM_SPARE) + (1 << 20)
+            if len(self._room) < wanted_bytes:
                 self._room = np.empty(0, np.uint8)
-                self._room = self.prepare_room(round(seat.machine.snapshot_bytes * ROOM_SPARE) + (1 << 20))
+                self._room = self.prepare_room(wanted_bytes)
         except (OSError, MemoryError) as error:
             self._failed(shard, error)
             self._done_with(shard, self._interval_s)

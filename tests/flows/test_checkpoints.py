@@ -397,10 +397,11 @@ def test_room_is_made_once_and_serves_the_checkpoints_that_follow(start: Callabl
     flow.tick()
     flow.machine = some_machine()
     assert flow.machine.snapshot_bytes > 0
+    flow.tick()
     flow.checkpointer.start()
     flow.until(lambda: flow.count("checkpoints_total") >= 3)
     assert len(made) == 1
-    assert made[0] >= flow.machine.snapshot_bytes
+    assert made[0] > 1.02 * flow.machine.snapshot_bytes, "devices come while it is ordered"
 
 
 def test_the_log_is_trimmed_behind_the_older_of_two_checkpoints(
