@@ -7,7 +7,6 @@ made ready beforehand; written as fast as the disk takes it, and once more at th
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from flows.checkpointer import BYTES_PER_S, ROOM_SPARE, room
 from flows.checkpoints import Checkpoint, CheckpointStore
+from flows.disk import drop_cache
 from flows.wire import split_by_shard
 from geoindex.columns import I64, PingBatch
 from geoindex.entries import AlertRevision, LogEntry, Settings
@@ -153,12 +153,9 @@ def _paced(store: CheckpointStore, machines: list[ShardMachine], position: tuple
 
 def _forget(finals: list[Checkpoint]) -> None:
     """Ask the kernel to drop the files from its cache."""
-    if not hasattr(os, "posix_fadvise"):
-        return
     for final in finals:
-        descriptor = os.open(final.path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        with final.path.open("rb", buffering=0) as file:
+            drop_cache(file.fileno())
 
 
 def _timed_load(store: CheckpointStore, finals: list[Checkpoint], kept: list[ShardMachine] | None) -> float:
