@@ -39,18 +39,8 @@ from flows.desk import RelayThread
 from flows.disk import DISK, Disk
 from flows.figures import Figures
 from flows.guards import Guards
-from flows.log import (
-    FIRST,
-    NOT_STARTED,
-    LogId,
-    LogReader,
-    RawEntry,
-    ReaderLimits,
-    check_server,
-    ensure_settings,
-    format_id,
-    read_settings,
-)
+from flows.log import FIRST, LogId, RawEntry, check_server, ensure_settings, format_id, read_settings
+from flows.log_reader import NOT_STARTED, LogReader, ReaderLimits
 from flows.match import Reload, ShardPushes, build_flow, shard_key, shard_of_key
 from flows.metrics import METRICS, Metrics, StatsPublisher
 from flows.queue_keeper import QueueKeeper

@@ -19,9 +19,10 @@ from collections.abc import Callable
 
 import redis
 
+from flows.embedded import EmbeddedServer
 from flows.guards import PINGS_HELD_KEY
 from flows.metrics import METRICS, Metrics
-from flows.server import EmbeddedServer, connect, worth_a_line
+from flows.server import connect, worth_a_line
 
 logger = logging.getLogger(__name__)
 

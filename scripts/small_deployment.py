@@ -16,7 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.server import EmbeddedServer, connect
+from flows.embedded import EmbeddedServer
+from flows.server import connect
 from gateway.accounts import Accounts
 from gateway.client import Client
 from gateway.keys import Sealer

@@ -15,8 +15,9 @@ import redis
 import typer
 
 from flows.config import FlowConfig
+from flows.embedded import EmbeddedServer
 from flows.log import SettingsMismatch, read_settings
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from gateway.accounts import AccountRefused, Accounts
 from gateway.audit_log import AuditLog, HeadFile
 from gateway.config import GatewayConfig

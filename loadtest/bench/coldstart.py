@@ -13,8 +13,9 @@ from typing import Any, cast
 import numpy as np
 
 from flows.desk import Desk, Relay
+from flows.embedded import EmbeddedServer
 from flows.log import LogWriter, ensure_settings, push_key
-from flows.server import EmbeddedServer, connect, link_opener
+from flows.server import connect, link_opener
 from flows.wire import decode_push
 from geoindex.entries import DEFAULT_EXPIRY_MS, DEFAULT_SCHEDULE, Alert
 from loadtest.bench.live import SHARD_COUNT, Told

@@ -14,11 +14,12 @@ import numpy as np
 
 from flows.clock import Clock
 from flows.density import density_key, phones_in_circle, read_density
+from flows.embedded import EmbeddedServer
 from flows.figures import Figures
 from flows.log import RawEntry
 from flows.match import ShardNotes, ShardPushes
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from flows.tallies import read_tallies
 from loadtest.bench.checkpoint import BATCH_PINGS, Shards
 from loadtest.bench.live import SHARD_COUNT

@@ -33,8 +33,9 @@ import psutil
 import redis
 import zstandard
 
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings, log_key
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from flows.wire import PingColumns, decode_entry, encode_pings
 from gateway.accounts import Accounts
 from gateway.compression import BodyTooLarge, Encoding, MalformedBody, decompressed

@@ -23,6 +23,7 @@ import psutil
 import redis
 
 from flows.desk import Desk, Relay
+from flows.embedded import EmbeddedServer
 from flows.log import (
     FIRST,
     LogId,
@@ -35,7 +36,7 @@ from flows.log import (
     push_key,
 )
 from flows.metrics import STATS_KEY, Stats, read_stats
-from flows.server import EmbeddedServer, connect, link_opener
+from flows.server import connect, link_opener
 from flows.supervisor import Supervisor
 from flows.wire import decode_push
 from geoindex.columns import PingBatch

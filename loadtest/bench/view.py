@@ -26,9 +26,10 @@ import redis
 
 from flows.density import ShardDensity, density_key, encode_density
 from flows.desk import Desk, Relay
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings
 from flows.metrics import Metrics, StatsPublisher, read_stats
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from flows.tallies import tally_key
 from gateway.accounts import Accounts
 from gateway.keys import Sealer

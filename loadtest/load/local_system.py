@@ -22,9 +22,10 @@ from typing import Any, cast
 
 import psutil
 
+from flows.embedded import EmbeddedServer
 from flows.log import read_settings
 from flows.metrics import read_stats
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from gateway.accounts import Accounts, Datum
 from gateway.config import GatewayConfig
 from gateway.keys import Sealer

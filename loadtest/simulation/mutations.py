@@ -19,7 +19,8 @@ from flows import checkpoints, desk, queues
 from flows.checkpointer import Checkpointer, _LogFacts
 from flows.checkpoints import CheckpointStore
 from flows.desk import RELAY_EVENTS_MAX, Relay
-from flows.log import FIRST, LogReader, done_key, format_id, log_key, parse_id, relay_key
+from flows.log import FIRST, done_key, format_id, log_key, parse_id, relay_key
+from flows.log_reader import LogReader
 from flows.queues import PushWriter
 from flows.server import packed
 from flows.wire import decode_entry, encode_entry

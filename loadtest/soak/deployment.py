@@ -12,8 +12,9 @@ import redis
 
 from flows.checkpoints import CheckpointStore
 from flows.desk import Desk
+from flows.embedded import EmbeddedServer
 from flows.log import LogId, done_key, ensure_settings, last_id, log_key, parse_id, push_key, trimmed_key
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from geoindex.entries import Settings
 from loadtest.soak.accounts import StreamEntries
 from loadtest.soak.flow import ForkedFlow, Trouble, start_fork_server

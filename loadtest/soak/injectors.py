@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.server import EmbeddedServer
+from flows.embedded import EmbeddedServer
 
 CHUNK_BYTES = 256 << 10
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from flows.server import EmbeddedServer, LinkOpener, connect, link_opener
+from flows.embedded import EmbeddedServer
+from flows.server import LinkOpener, connect, link_opener
 
 
 @pytest.fixture(scope="session")

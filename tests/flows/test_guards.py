@@ -20,7 +20,8 @@ from flows.guards import (
     PingsRefused,
     refused_now,
 )
-from flows.log import LogReader, LogWriter, ensure_settings, last_id, log_key, parse_id, relay_key
+from flows.log import LogWriter, ensure_settings, last_id, log_key, parse_id, relay_key
+from flows.log_reader import LogReader
 from flows.metrics import Metrics
 from flows.server import Link
 from geoindex.entries import DEFAULT_EXPIRY_MS, DEFAULT_SCHEDULE, Alert, Settings

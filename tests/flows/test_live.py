@@ -28,6 +28,7 @@ import redis
 from flows.audit import AuditResult, OwedPush, OwedPushes, compare
 from flows.consumers import Consumer
 from flows.desk import Desk, DeskAnswer, Relay
+from flows.embedded import EmbeddedServer
 from flows.log import (
     LogId,
     LogWriter,
@@ -42,7 +43,7 @@ from flows.log import (
 )
 from flows.metrics import read_stats
 from flows.push_commands import log_id_of
-from flows.server import EmbeddedServer, connect, link_opener
+from flows.server import connect, link_opener
 from flows.wire import MalformedEntry, PingColumns, PushEntry, decode_entry, decode_push, screen_pings
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, Schedule, Settings, Tick
 from tests.geoindex.machines import batch_of

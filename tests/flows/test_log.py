@@ -16,14 +16,13 @@ import psutil
 import pytest
 import redis
 
-from flows import log
+from flows import log, log_reader
+from flows.embedded import EmbeddedServer
 from flows.log import (
     FIRST,
     LogId,
-    LogReader,
     LogWriter,
     RawEntry,
-    ReaderLimits,
     SettingsMismatch,
     add_partner,
     append_entry,
@@ -37,9 +36,10 @@ from flows.log import (
     settings_key,
     trimmed_key,
 )
+from flows.log_reader import LogReader, ReaderLimits
 from flows.metrics import Metrics
 from flows.queues import DoneFollower
-from flows.server import EmbeddedServer, Link, LinkOpener, connect, link_opener
+from flows.server import Link, LinkOpener, connect, link_opener
 from flows.wire import PingColumns, decode_entry
 from geoindex.entries import AlertClose, Settings, Tick
 from tests.flows.test_wire import pings
@@ -278,7 +278,7 @@ class Reading:
 
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "BLOCK_S", 0.01)
+    monkeypatch.setattr(log_reader, "BLOCK_S", 0.01)
 
 
 @pytest.fixture
@@ -385,7 +385,7 @@ def test_full_shard_holds_up_no_other(client: redis.Redis, open_link: LinkOpener
 
 
 def test_silent_log_gets_a_tick(client: redis.Redis, open_link: LinkOpener, logs: Settings, monkeypatch: Any) -> None:
-    monkeypatch.setattr(log, "TICK_S", 0.05)
+    monkeypatch.setattr(log_reader, "TICK_S", 0.05)
     reading = Reading(open_link, writes_ticks=True)
     reading.round()
     eventually(lambda: b"tick" in [entry.kind for entry in reading.round().get(3, [])])
@@ -394,7 +394,7 @@ def test_silent_log_gets_a_tick(client: redis.Redis, open_link: LinkOpener, logs
 
 
 def test_log_that_has_not_begun_gets_no_tick(client: redis.Redis, open_link: LinkOpener, monkeypatch: Any) -> None:
-    monkeypatch.setattr(log, "TICK_S", 0.01)
+    monkeypatch.setattr(log_reader, "TICK_S", 0.01)
     reading = Reading(open_link, writes_ticks=True)
     for _ in range(5):
         assert reading.round() == {}
@@ -405,7 +405,7 @@ def test_log_that_has_not_begun_gets_no_tick(client: redis.Redis, open_link: Lin
 def test_refused_tick_is_counted_and_reading_goes_on(
     client: redis.Redis, open_link: LinkOpener, logs: Settings, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(log, "TICK_S", 0.01)
+    monkeypatch.setattr(log_reader, "TICK_S", 0.01)
     reading = Reading(open_link, writes_ticks=True)
     reading.round()
     used = client.config_get("maxmemory")["maxmemory"] or 0
@@ -617,7 +617,7 @@ def test_reader_tells_how_far_behind_the_flow_is(client: redis.Redis, reader: Lo
 
 
 def test_reader_stops_promptly_although_it_blocks(open_link: LinkOpener, logs: Settings, monkeypatch: Any) -> None:
-    monkeypatch.setattr(log, "BLOCK_S", 5.0)
+    monkeypatch.setattr(log_reader, "BLOCK_S", 5.0)
     reader = LogReader(open_link, dict.fromkeys(range(4), FIRST), writes_ticks=False)
     reader.start()
     eventually(lambda: reader.take(1, 10))
@@ -662,7 +662,7 @@ def test_programming_error_in_the_thread_reaches_the_flow(logs: Settings) -> Non
 
 
 def test_idle_reader_costs_next_to_nothing(client: redis.Redis, open_link: LinkOpener, monkeypatch: Any) -> None:
-    monkeypatch.setattr(log, "BLOCK_S", 1.0)
+    monkeypatch.setattr(log_reader, "BLOCK_S", 1.0)
     ensure_settings(client, replace(SETTINGS, shard_count=8))
     reader = LogReader(open_link, dict.fromkeys(range(8), FIRST), link_count=4)
     reader.start()

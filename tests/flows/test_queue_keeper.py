@@ -12,6 +12,7 @@ import redis
 from flows import queue_keeper
 from flows.consumers import Consumer
 from flows.dead_letters import dead_key
+from flows.embedded import EmbeddedServer
 from flows.log import (
     LogId,
     RawEntry,
@@ -33,7 +34,7 @@ from flows.queue_keeper import (
     queue_trimmed_key,
 )
 from flows.queues import PushWriter
-from flows.server import EmbeddedServer, LinkOpener, connect, link_opener
+from flows.server import LinkOpener, connect, link_opener
 from flows.wire import encode_push
 from geoindex.columns import Pushes
 from geoindex.entries import Settings

@@ -14,11 +14,12 @@ import pytest
 import redis
 
 from flows import queues
+from flows.embedded import EmbeddedServer
 from flows.log import LogId, RawEntry, done_key, parse_id, push_key
 from flows.metrics import Metrics
 from flows.push_commands import PUSH_COUNT_MAX, first_push_id, log_id_of, push_id
 from flows.queues import PushWriter
-from flows.server import EmbeddedServer, Link, LinkOpener, connect, link_opener
+from flows.server import Link, LinkOpener, connect, link_opener
 from flows.wire import PushEntry, decode_push
 from geoindex.columns import Push, Pushes, pack_ids
 from tests.flows.waiting import eventually

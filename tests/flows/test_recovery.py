@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import pytest
 
+from flows.embedded import EmbeddedServer
 from flows.log import format_id, last_id, log_key, parse_id
-from flows.server import EmbeddedServer
 from flows.wire import decode_push
 from loadtest.soak.flow import ForkedFlow
 from tests.flows.deployment import (

@@ -13,12 +13,13 @@ import redis
 
 from flows.checkpointer import Checkpointer
 from flows.checkpoints import CheckpointStore
+from flows.embedded import EmbeddedServer
 from flows.log import LogWriter, RawEntry, done_key, ensure_settings, log_key, parse_id
 from flows.match import Entry, decode, step
 from flows.metrics import Metrics
 from flows.raw_pings import count_id, limit_ms, scan
 from flows.rewriting import REWRITTEN_KEY, FileRewriter
-from flows.server import EmbeddedServer, connect, link_opener
+from flows.server import connect, link_opener
 from flows.wire import encode_entry
 from geoindex.entries import HOUR_MS, Settings, Tick
 from tests.flows.waiting import eventually

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import redis
 
-from flows import server
-from flows.server import EmbeddedServer, Link, ServerRefused, check_server, connect, masked_url, packed
+from flows import embedded
+from flows.embedded import EmbeddedServer
+from flows.server import Link, ServerRefused, check_server, connect, masked_url, packed
 from tests.flows.waiting import eventually
 
 # --- urls -------------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_data_outlives_the_server(tmp_path: Path) -> None:
 
 def test_second_start_joins_the_server_that_runs(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from flows.server import EmbeddedServer\n"
+        "import sys; from pathlib import Path; from flows.embedded import EmbeddedServer\n"
         "own = EmbeddedServer.start(Path(sys.argv[1]), port=None)\n"
         "print(own.owned, own.pid, flush=True); sys.stdin.read(); own.close()"
     )
@@ -202,7 +203,7 @@ def test_second_start_joins_the_server_that_runs(tmp_path: Path) -> None:
 
 def test_server_whose_flow_was_killed_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from flows.server import EmbeddedServer\n"
+        "import os, sys; from pathlib import Path; from flows.embedded import EmbeddedServer\n"
         "EmbeddedServer.start(Path(sys.argv[1]), port=None); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
@@ -282,7 +283,7 @@ def test_directory_with_spaces_and_letters_of_any_kind_is_served(tmp_path: Path)
 
 
 def test_chosen_port_is_taken(tmp_path: Path) -> None:
-    port = server._free_port()
+    port = embedded._free_port()
     with EmbeddedServer.start(tmp_path, port=port) as own:
         assert own.tcp_url == f"redis://127.0.0.1:{port}/0"
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import redis
 
-from flows import server as server_module
+from flows import embedded as embedded_module
 from flows.log import push_key
 from flows.metrics import Metrics, read_stats
 from flows.supervisor import Supervisor
@@ -37,7 +37,7 @@ HASTY: dict[str, Any] = {
     "flows.guards.INTERVAL_S": 0.2,
     "flows.guards.SETTINGS_INTERVAL_S": 0.2,
     "flows.desk.RELAY_BLOCK_S": 0.5,
-    "flows.log.BLOCK_S": 0.5,
+    "flows.log_reader.BLOCK_S": 0.5,
 }
 
 
@@ -137,7 +137,7 @@ def test_a_server_that_lost_the_tail_of_its_file_takes_the_shards_back_with_it(t
         kept_bytes = file.stat().st_size
         deployment.wait_for_checkpoints(1)
         # Under the directory's lock nobody starts the server while its file is cut.
-        with server_module._locked(server.directory):
+        with embedded_module._locked(server.directory):
             os.kill(server.pid, signal.SIGKILL)
             eventually(lambda: server.ended() is not None)
             faults.lose_tail(file, kept_bytes + 11)

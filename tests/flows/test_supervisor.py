@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from flows import server as server_module
+from flows import embedded as embedded_module
 from flows import supervisor as module
+from flows.embedded import EmbeddedServer
 from flows.guards import PINGS_HELD_KEY
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from flows.supervisor import Supervisor
 from loadtest import faults
 from tests.flows.waiting import eventually
@@ -186,7 +187,7 @@ def test_a_start_with_a_damaged_file_fails_and_says_what_to_do(tmp_path: Path) -
 
 
 def test_a_server_that_hangs_is_never_started_a_second_time(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.server.START_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("flows.embedded.START_TIMEOUT_S", 0.1)
     with faults.hung(watched.server.pid):
         watched.step(1.0)
         assert watched.server.ended() is None
@@ -199,7 +200,7 @@ def test_the_file_of_a_server_that_runs_is_kept_out_of_the_page_cache(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropped: list[int] = []
-    monkeypatch.setattr(server_module, "drop_cache", lambda descriptor: dropped.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(embedded_module, "drop_cache", lambda descriptor: dropped.append(os.fstat(descriptor).st_ino))
     watched.step()
     folder = watched.server.directory / "appendonlydir"
     assert sorted(dropped) == sorted(path.stat().st_ino for path in folder.glob("*.aof"))
@@ -243,7 +244,7 @@ def test_without_room_on_the_disk_the_server_is_not_started(watched: Watched, mo
 
 _OTHER = """
 import sys, time; from pathlib import Path
-from flows.metrics import Metrics; from flows.server import EmbeddedServer; from flows.supervisor import Supervisor
+from flows.metrics import Metrics; from flows.embedded import EmbeddedServer; from flows.supervisor import Supervisor
 own = EmbeddedServer.start(Path(sys.argv[1]), port=None, memory_bytes_max=64 << 20)
 supervisor = Supervisor(own, Metrics()); supervisor.start()
 print(own.owned, own.pid, flush=True); sys.stdin.readline()

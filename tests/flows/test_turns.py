@@ -12,7 +12,8 @@ from bytewax.testing import run_main
 
 from flows.checkpointer import Checkpointer
 from flows.live import LogSource, QueueSink, Turns
-from flows.log import FIRST, LogReader, RawEntry, append_entry, ensure_settings
+from flows.log import FIRST, RawEntry, append_entry, ensure_settings
+from flows.log_reader import LogReader
 from flows.match import ShardPushes, build_flow
 from flows.metrics import Metrics
 from flows.queues import PushWriter

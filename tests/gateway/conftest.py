@@ -18,9 +18,9 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from fastapi import FastAPI
 
 from flows.clock import Clock
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer
 from gateway.app import create_app
 from gateway.config import GatewayConfig
 from gateway.runtime import Gateway

@@ -12,9 +12,10 @@ import orjson
 import pytest
 import redis
 
+from flows.embedded import EmbeddedServer
 from flows.log import LogId
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from gateway.audit_log import (
     AUDIT_LOG_KEY,
     BEGUN,

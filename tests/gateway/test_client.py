@@ -20,8 +20,8 @@ import redis
 import zstandard
 from fastapi import FastAPI
 
+from flows.embedded import EmbeddedServer
 from flows.log import log_key
-from flows.server import EmbeddedServer
 from flows.wire import PINGS, decode_pings
 from gateway.client import (
     NOWHERE_E7,

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from redis.exceptions import NoPermissionError
 
 from flows.dead_letters import dead_key
+from flows.embedded import EmbeddedServer
 from flows.log import done_key, log_key, push_key, settings_key, trimmed_key
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from gateway.direct_access import DirectAccess, apply, direct_access, escaped, number_globs, revoke
 
 SHARDS = 12

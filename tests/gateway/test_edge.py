@@ -15,9 +15,9 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Message, Receive, Scope, Send
 
+from flows.embedded import EmbeddedServer
 from flows.guards import PingsRefused
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer
 from gateway.config import GatewayConfig
 from gateway.edge import JSON_DEPTH_MAX, JSON_MEMBERS_MAX, SECURITY_HEADERS, BodyLimits, check_json, json_depth
 from gateway.errors import Problem

@@ -10,7 +10,7 @@ import pytest
 import redis
 from fastapi import FastAPI, Request
 
-from flows.server import EmbeddedServer
+from flows.embedded import EmbeddedServer
 from gateway.audit_log import REFUSED, last_rows
 from gateway.config import GatewayConfig
 from gateway.identity import OfficerDep, OperatorDep, PartnerDep

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import redis
 
+from flows.embedded import EmbeddedServer
 from flows.guards import AppendsRefused, Guards, PingsRefused
 from flows.log import LogWriter, ensure_settings, log_key
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from flows.wire import PingColumns, decode_entry
 from gateway import intake as intake_module
 from gateway.flow_watch import FlowWatch

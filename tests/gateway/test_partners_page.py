@@ -14,7 +14,7 @@ import pytest
 import redis
 from fastapi import FastAPI
 
-from flows.server import EmbeddedServer
+from flows.embedded import EmbeddedServer
 from gateway.config import GatewayConfig
 from gateway.webhook_settings import new_secret, signed_headers
 from tests.flows.waiting import eventually

@@ -16,9 +16,9 @@ import pytest
 import redis
 import zstandard
 
+from flows.embedded import EmbeddedServer
 from flows.log import done_key, last_id, log_key
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer
 from flows.wire import PingColumns, decode_entry, encode_pings
 from gateway.config import GatewayConfig
 from gateway.datum import Datum, to_wgs84

@@ -20,9 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fastapi import FastAPI
 
 from flows import guards
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from gateway import serving
 from gateway.app import create_app
 from gateway.config import GatewayConfig

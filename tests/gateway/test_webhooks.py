@@ -18,9 +18,9 @@ from standardwebhooks import Webhook as Verifier
 
 from flows.consumers import Consumer
 from flows.dead_letters import dead_letters, replay
+from flows.embedded import EmbeddedServer
 from flows.log import push_key
 from flows.metrics import Metrics
-from flows.server import EmbeddedServer
 from gateway.app import create_app
 from gateway.config import GatewayConfig
 from gateway.handover import GROUP, handed_over

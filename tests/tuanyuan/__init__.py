@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.server import EmbeddedServer
+from flows.embedded import EmbeddedServer
 from tuanyuan import kernel_cache
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,9 @@ import pytest
 import redis
 
 from flows.consumers import DELIVERIES_MAX, Consumer
+from flows.embedded import EmbeddedServer
 from flows.log import done_key, format_id, last_id, log_key, parse_id, push_key
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from tests.tuanyuan import Ran, compile_kernels, embedded_flow, run_all, wait_until
 
 PINGS = [f"phone-{number}" for number in range(30)]

@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from gateway.keys import parse_key
 from geoindex.entries import Settings
 from tests.tuanyuan import Ran, Running, compile_kernels, run_all

@@ -14,9 +14,10 @@ import redis
 import typer
 from typer.testing import CliRunner
 
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings
 from flows.metrics import Metrics, StatsPublisher, read_stats
-from flows.server import EmbeddedServer, connect, packed
+from flows.server import connect, packed
 from flows.wire import encode_pings
 from geoindex.entries import Settings
 from tests.flows.waiting import memory_limit

@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import pytest
 
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings, format_id, last_id, log_key, push_key
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from flows.wire import encode_push
 from geoindex.columns import Push, pack_ids
 from geoindex.entries import Settings

@@ -13,9 +13,10 @@ import redis
 
 from flows.alarms import Alarm
 from flows.desk import Desk
+from flows.embedded import EmbeddedServer
 from flows.log import ensure_settings
 from flows.metrics import Metrics, StatsPublisher
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from flows.view_figures import ViewFigures
 from geoindex.entries import HOUR_MS, Alert, Settings
 from tests.flows.conftest import client as client

@@ -32,10 +32,11 @@ from rich.text import Text
 
 from flows.audit import AuditResult, OwedPush, OwedPushes, compare
 from flows.desk import Desk
+from flows.embedded import EmbeddedServer
 from flows.log import done_key, last_id, log_key, parse_id, read_settings
 from flows.metrics import Stats, read_stats
 from flows.reconcile import feed
-from flows.server import EmbeddedServer, connect
+from flows.server import connect
 from gateway.accounts import Accounts
 from gateway.client import Client, PingSender
 from gateway.keys import Sealer

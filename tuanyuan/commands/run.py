@@ -15,10 +15,11 @@ import redis
 import typer
 
 from flows.checkpointer import LogTooShort
+from flows.embedded import EmbeddedServer
 from flows.live import LiveFlow, open_flow
 from flows.log import SettingsMismatch
 from flows.metrics import METRICS
-from flows.server import EmbeddedServer, ServerRefused, connect, masked_url
+from flows.server import ServerRefused, connect, masked_url
 from flows.supervisor import Supervisor
 from geoindex.entries import Settings
 from geoindex.shard import SettingsRefused

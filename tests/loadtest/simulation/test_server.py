@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import redis
 
+from flows.embedded import EmbeddedServer
 from flows.log import parse_id
 from flows.queues import RAISE_DONE
-from flows.server import EmbeddedServer, Link, connect, packed
+from flows.server import Link, connect, packed
 from loadtest.simulation.connection import Break, Route, simulated_client
 from loadtest.simulation.server import SimulatedServer, Stream
 
