@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from gateway.accounts import Datum
+from loadtest.interrupts import interruptible
 from loadtest.load.compare import compared, read_report, table
 from loadtest.load.conductor import BEGUN_FILE, FAULTS_FILE, REPORT_FILE, describe
 from loadtest.load.deployment import Deployment
@@ -114,11 +114,10 @@ def _run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in (BEGUN_FILE, FAULTS_FILE, REPORT_FILE):
         (out / name).unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, _interrupted)
-    if options.deployment is not None:
-        path = Path(options.deployment)
-        return _locust(options, path)
     with contextlib.ExitStack() as exits:
+        exits.enter_context(interruptible(signal.SIGTERM))
+        if options.deployment is not None:
+            return _locust(options, Path(options.deployment))
         folder = _folder(exits, options.keep)
         named = Deployment("http://127.0.0.1", dict.fromkeys(DATUMS, ""), is_local=True)
         _say(describe(spec, named))
@@ -140,11 +139,6 @@ def _run(options: argparse.Namespace) -> int:
             _say(f"loadtest: {ended}")
             return EXIT_FAILED
         return code
-
-
-def _interrupted(_number: int, _frame: Any) -> None:
-    """SIGTERM ends a run as Ctrl-C does: with everything that it started."""
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _folder(exits: contextlib.ExitStack, is_kept: bool) -> Path:

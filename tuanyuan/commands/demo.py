@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, cast
 
 import httpx
@@ -43,6 +42,7 @@ from gateway.keys import Sealer
 from geoindex.columns import E7, PingBatch
 from geoindex.entries import HOUR_MS, Alert, Schedule, Settings
 from geoindex.rings import growth_times_ms, radius_km
+from loadtest.interrupts import interruptible
 from loadtest.world import World
 from tuanyuan.console import console, fail, note
 
@@ -79,11 +79,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the world.")] = 1,
 ) -> None:
     """Watch a missing child's alert reach the phones around, its ring growing; then check every push."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     stream_s = max(STREAM_SECONDS_MIN, seconds - 2 * START_SECONDS)
     note(f"A world of {phones:,} phones by the population of real places, {rate:,} pings/s, for {stream_s:.0f} s ...")
     with (
+        interruptible(signal.SIGINT, signal.SIGTERM),
         tempfile.TemporaryDirectory(prefix="tuanyuan-demo-") as folder,
         EmbeddedServer.start(Path(folder) / "valkey", port=None, on_wait=note) as server,
     ):
@@ -105,16 +104,6 @@ def demo(
     console.print(f"verified: {result.line().removesuffix(', 0 unretracted')}", highlight=False)
     if not result.clean or not result.pushes:
         raise typer.Exit(1)
-
-
-_interrupted_by: list[int] = []
-"""Signals that came. Python drops what a handler raises while an object is finalized, so the signal is kept, too."""
-
-
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    """Ctrl-C and SIGTERM end the demo with its flow, its gateway and its server."""
-    _interrupted_by.append(number)
-    raise SystemExit(128 + number)
 
 
 class _Process:
@@ -274,8 +263,6 @@ class _Demo:
         return str(re.findall(r"http://\S+", said)[0])
 
     def _check(self) -> None:
-        if _interrupted_by:
-            raise SystemExit(128 + _interrupted_by[0])
         self._flow.check()
         if self._gateway is not None:
             self._gateway.check()

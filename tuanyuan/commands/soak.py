@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from types import FrameType
 from typing import Annotated
 
 import orjson
@@ -37,6 +36,7 @@ def soak(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Break a deployment in every way of the fault table, and account for every push afterwards."""
+    from loadtest.interrupts import interruptible
     from loadtest.soak.runner import run_all
     from loadtest.soak.table import BY_NAME, LINES
 
@@ -47,9 +47,9 @@ def soak(
     if list_lines:
         _show([(line.name, line.fault, line.command) for line in LINES if line.name in wanted], json)
         return
-    signal.signal(signal.SIGTERM, _interrupted)
     lines = [BY_NAME[name] for name in wanted]
-    outcomes = run_all(lines, not smoke, note, note if json else _print, seed, minutes)
+    with interruptible(signal.SIGINT, signal.SIGTERM):
+        outcomes = run_all(lines, not smoke, note, note if json else _print, seed, minutes)
     passed = all(outcome.passed or (outcome.not_here and not names) for outcome in outcomes)
     if json:
         found = {"passed": passed, "seed": seed, "lines": [outcome.as_json() for outcome in outcomes]}
@@ -61,11 +61,6 @@ def soak(
 
 def _print(words: str) -> None:
     console.print(words, markup=False, highlight=False, soft_wrap=True)
-
-
-def _interrupted(_number: int, _frame: FrameType | None) -> None:
-    """SIGTERM ends it as Ctrl-C does: with its flows, its server, its network and its disk."""
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _show(rows: list[tuple[str, str, str]], json: bool) -> None:
