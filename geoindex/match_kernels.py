@@ -1,8 +1,9 @@
 """The loops of the join: pings meet the cover, a new ring meets the table.
 
-Every ping of a batch goes through a few steps, each some pings ahead of the next so that cache misses overlap with
-each other and with the arithmetic: hash its id and ask for the index line; guess its row and ask for the record;
-compare; look closely, many together, where that says so.
+The pings of a batch go through a few steps in blocks: hash their ids; guess their rows; compare; look closely, many
+together, where that says so. What a step needs of memory is asked for a block earlier, in a loop that does nothing
+else: a processor may have to translate an address before it goes on behind a prefetch, and overlaps that with other
+prefetches only if they stand close together.
 
 The comparison is all there is for a phone that stayed inside its *stay box*: a rectangle around the *anchor* (where
 the device was last looked at closely) in which neither its cell nor the answer of any ring it was not told about
@@ -47,14 +48,14 @@ ROOT_HALF = math.sqrt(0.5)
 POLE_COSINE = 1e-12
 """Keeps the division finite at the poles; a larger divisor makes a smaller box."""
 CELLS_PER_ZONE = 49
-AHEAD_PINGS = 24
-"""How many pings ahead a record is asked for; an index line twice as many. A cache miss takes as long as 5 pings."""
-RING_PINGS = 128
-"""Of the ring that notes hashes and guesses: a power of two above 2 * AHEAD_PINGS."""
+BLOCK_PINGS = 64
+"""Pings that go through a step together: what they need of memory is asked for in a loop that does nothing else."""
+RING_PINGS = 256
+"""Of the ring that notes hashes and guesses: a power of two that holds three blocks."""
 RING_MASK = RING_PINGS - 1
 SCAN_ROWS = 1024
 """Of a scan, taken together."""
-SLOW_PINGS = 32
+SLOW_PINGS = 64
 """Looked at closely together, so that what they need overlaps."""
 
 # Indices into the counts of `apply_pings`.
@@ -219,6 +220,10 @@ def look_closely(
     slow_vector = scratch.slow_vector
     zone_row = alerts.zone_row
     records = table.records
+    for place in range(slow):
+        if scratch.slow_row[at(place)] >= 0:
+            prefetch(table.cell, scratch.slow_row[at(place)])
+            prefetch(table.told, scratch.slow_row[at(place)])
     # Where are they? Nothing here depends on the ping before, so the arithmetic of several overlaps.
     for place in range(slow):
         ping = at(scratch.slow_ping[at(place)])
@@ -228,7 +233,8 @@ def look_closely(
         slow_vector[at(place), 1] = y
         slow_vector[at(place), 2] = z
         slow_vector[at(place), 3] = clearance_m
-        prefetch(zone_row, cell // CELLS_PER_ZONE)
+    for place in range(slow):
+        prefetch(zone_row, slow_cell[at(place)] // CELLS_PER_ZONE)
     for place in range(slow):
         prefetch(alerts.zone_mask, zone_row[at(slow_cell[at(place)] // CELLS_PER_ZONE)])
     for place in range(slow):
@@ -300,74 +306,72 @@ def apply_pings(
     slow_row = scratch.slow_row
     index = table.index
     records = table.records
-    cells = table.cell
-    told = table.told
     slow = 0
     hash_start = np.int64(id_end[first - 1]) if first > 0 else np.int64(0)
-    for ping in range(first - 2 * AHEAD_PINGS, stop):
-        # 1. Hash the id of a ping to come, and ask for its index line.
-        hashed = ping + 2 * AHEAD_PINGS
-        if hashed < stop:
-            end = np.int64(id_end[at(hashed)])
-            a, b = hash_id(id_bytes, hash_start, end, partner[at(hashed)], secrets)
-            fingerprint_a[at(hashed & RING_MASK)] = a
-            fingerprint_b[at(hashed & RING_MASK)] = b
-            prefetch(index, home_slot(a, len(index)))
+    for block in range(first - 2 * BLOCK_PINGS, stop, BLOCK_PINGS):
+        # 1. Hash the ids of the block after the next, and ask for their index lines.
+        hash_first = block + 2 * BLOCK_PINGS
+        hash_stop = min(hash_first + BLOCK_PINGS, stop)
+        for ping in range(hash_first, hash_stop):
+            end = np.int64(id_end[at(ping)])
+            a, b = hash_id(id_bytes, hash_start, end, partner[at(ping)], secrets)
+            fingerprint_a[at(ping & RING_MASK)] = a
+            fingerprint_b[at(ping & RING_MASK)] = b
             hash_start = end
-        # 2. Guess the row of one nearer, and ask for its record.
-        guessed = ping + AHEAD_PINGS
-        if first <= guessed < stop:
-            row = candidate(index, fingerprint_a[at(guessed & RING_MASK)])
-            guess[at(guessed & RING_MASK)] = row
+        for ping in range(hash_first, hash_stop):
+            prefetch(index, home_slot(fingerprint_a[at(ping & RING_MASK)], len(index)))
+        # 2. Guess the rows of the next block, and ask for their records.
+        guess_first = max(block + BLOCK_PINGS, first)
+        guess_stop = min(block + 2 * BLOCK_PINGS, stop)
+        for ping in range(guess_first, guess_stop):
+            guess[at(ping & RING_MASK)] = candidate(index, fingerprint_a[at(ping & RING_MASK)])
+        for ping in range(guess_first, guess_stop):
+            if guess[at(ping & RING_MASK)] >= 0:
+                prefetch(records, guess[at(ping & RING_MASK)])
+        # 3. Compare those of this block. A ping that stays in its box is done here; the others, with all later ones of
+        #    their devices, wait for a close look, in order.
+        for ping in range(max(block, first), min(block + BLOCK_PINGS, stop)):
+            if slow == 0 and hits + SLOW_PINGS * slots > len(hit_row):
+                counts[HITS] = hits
+                return ping
+            now_ms = at_ms[at(ping * at_step)]
+            observed = observed_at_ms[at(ping)]
+            if observed > now_ms + future_tolerance_ms:
+                counts[FROM_THE_FUTURE] += 1
+                continue
+            if observed < now_ms - live_window_ms:
+                counts[TOO_OLD] += 1
+                continue
+            a = fingerprint_a[at(ping & RING_MASK)]
+            b = fingerprint_b[at(ping & RING_MASK)]
+            row = guess[at(ping & RING_MASK)]
+            if row < 0 or records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
+                row = find(index, records, a, b)
+            counts[ACCEPTED] += 1
+            counts[at(PING_COUNTS + partner[at(ping)])] += 1
             if row >= 0:
-                prefetch(records, row)
-        # 3. Compare. A ping that stays in its box is done here; the others, with all later ones of their devices, wait
-        #    for a close look, in order: what that needs is asked for, and many of them overlap.
-        if ping < first:
-            continue
-        if slow == 0 and hits + SLOW_PINGS * slots > len(hit_row):
-            counts[HITS] = hits
-            return ping
-        now_ms = at_ms[at(ping * at_step)]
-        observed = observed_at_ms[at(ping)]
-        if observed > now_ms + future_tolerance_ms:
-            counts[FROM_THE_FUTURE] += 1
-            continue
-        if observed < now_ms - live_window_ms:
-            counts[TOO_OLD] += 1
-            continue
-        a = fingerprint_a[at(ping & RING_MASK)]
-        b = fingerprint_b[at(ping & RING_MASK)]
-        row = guess[at(ping & RING_MASK)]
-        if row < 0 or records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
-            row = find(index, records, a, b)
-        counts[ACCEPTED] += 1
-        counts[at(PING_COUNTS + partner[at(ping)])] += 1
-        if row >= 0:
-            record = records[at(row)]
-            if record.waiting == 0:
-                if observed >= record.observed_at_ms:
-                    if stays(record, lat_e7[at(ping)], lng_e7[at(ping)]):
-                        record.observed_at_ms = observed
-                        record.lat_e7 = lat_e7[at(ping)]
-                        record.lng_e7 = lng_e7[at(ping)]
+                record = records[at(row)]
+                if record.waiting == 0:
+                    if observed >= record.observed_at_ms:
+                        if stays(record, lat_e7[at(ping)], lng_e7[at(ping)]):
+                            record.observed_at_ms = observed
+                            record.lat_e7 = lat_e7[at(ping)]
+                            record.lng_e7 = lng_e7[at(ping)]
+                            continue
+                    elif record.stay_lat != 0 and record.stay_lng != 0:
+                        # A late ping moves nothing, and nothing has changed for this device since it was settled.
                         continue
-                elif record.stay_lat != 0 and record.stay_lng != 0:
-                    # A late ping moves nothing, and nothing has changed for this device since it was settled.
-                    continue
-            record.waiting = 1
-            prefetch(cells, row)
-            prefetch(told, row)
-        slow_ping[at(slow)] = ping
-        slow_row[at(slow)] = row
-        slow += 1
-        if slow == SLOW_PINGS:
-            hits = look_closely(
-                table, alerts, tables, secrets, partner, id_bytes, id_end, lat_e7, lng_e7, observed_at_ms,
-                scratch, slow, hit_row, hit_slot, hit_ping, hits,
-            )  # fmt: skip
-            counts[SLOW] += slow
-            slow = 0
+                record.waiting = 1
+            slow_ping[at(slow)] = ping
+            slow_row[at(slow)] = row
+            slow += 1
+            if slow == SLOW_PINGS:
+                hits = look_closely(
+                    table, alerts, tables, secrets, partner, id_bytes, id_end, lat_e7, lng_e7, observed_at_ms,
+                    scratch, slow, hit_row, hit_slot, hit_ping, hits,
+                )  # fmt: skip
+                counts[SLOW] += slow
+                slow = 0
     hits = look_closely(
         table, alerts, tables, secrets, partner, id_bytes, id_end, lat_e7, lng_e7, observed_at_ms,
         scratch, slow, hit_row, hit_slot, hit_ping, hits,

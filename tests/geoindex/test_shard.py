@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from geoindex import shard, shares
 from geoindex.entries import Alert, AlertClose, AlertRevision, Settings, Tick
-from geoindex.match_kernels import SCAN_ROWS
+from geoindex.match_kernels import BLOCK_PINGS, SCAN_ROWS
 from geoindex.shard import SettingsRefused, ShardMachine
 from tests.geoindex.machines import run_machines
 from tests.reference.events import Log, PingEvent
@@ -86,6 +86,36 @@ def _many_devices(device_count: int) -> Log:
             (NOW_MS + 2 * HOUR_MS, AlertClose("wide", None, "found", (2, 3))),
         ),
     )
+
+
+@pytest.mark.parametrize(
+    "batch_pings", [1, *(BLOCK_PINGS * count + more for count in (1, 2, 3) for more in (-1, 0, 1))]
+)
+def test_a_batch_of_any_number_of_blocks_gives_what_the_reference_gives(batch_pings: int) -> None:
+    rng = np.random.default_rng(batch_pings)
+    settings = Settings(shard_count=1, partners=("amap", "wechat", "unicom"))
+    here = Alert("here", 1, 30.6, 104.0, NOW_MS, ((None, 100.0),), NOW_MS + 24 * HOUR_MS)
+    # Some are new within their block, many come several times in one; some are late, too old or from the future.
+    late_ms = [0, 0, 0, -60_000, -7 * HOUR_MS, 10 * 60_000]
+    pings = [
+        PingEvent(
+            settings.partners[int(rng.integers(3))],
+            f"phone-{rng.integers(0, 40 + number // 3):04}",
+            int(rng.normal(30_6000000, 9000000)),
+            int(rng.normal(104_0000000, 9000000)),
+            NOW_MS + int(rng.choice(late_ms)),
+        )
+        for number in range(12 * BLOCK_PINGS + 5)
+    ]
+    log = Log(
+        settings,
+        ((NOW_MS, AlertRevision("publish", here, (2, 1))), *((NOW_MS + 1, ping) for ping in pings)),
+    )
+    asked = iter(range(len(pings)))
+    pushes = run_machines(log.settings, log.events, cut=lambda: next(asked) % batch_pings == batch_pings - 1)
+    expected = run_reference(log).pushes
+    assert len(expected) > BLOCK_PINGS
+    assert by_device_and_alert(pushes) == by_device_and_alert(expected)
 
 
 def test_a_table_of_several_blocks_gives_what_the_reference_gives() -> None:
