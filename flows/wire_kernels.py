@@ -520,27 +520,37 @@ def group_rows(
 ) -> None:
     """Copy rows to where `count_rows` put their target, order kept within a target; `id_end_out` counts per target.
 
-    `at_ms` and `at_ms_out`: empty when the batch has none.
+    `at_ms` and `at_ms_out`: empty when the batch has none. A pass a column, each writing to one place a target: all
+    columns in one pass took twice the time.
     """
+    rows = target.shape[0]
     targets = row_start.shape[0] - 1
     next_row = row_start.copy()
     next_id = id_start.copy()
-    with_at = at_ms.shape[0] > 0
+    place = np.empty(rows, np.uint32)
     start = np.int64(0)
-    for row in range(target.shape[0]):
+    for row in range(rows):
         stop = np.int64(id_end[row])
         to = np.int64(target[row])
         if to < targets:
-            new_row = next_row[to]
-            next_row[to] = new_row + 1
-            partner_out[new_row] = partner[row]
-            lat_e7_out[new_row] = lat_e7[row]
-            lng_e7_out[new_row] = lng_e7[row]
-            observed_at_ms_out[new_row] = observed_at_ms[row]
-            if with_at:
-                at_ms_out[new_row] = at_ms[row]
-            new_id = next_id[to]
-            new_id = copy_id(id_bytes, start, stop, id_bytes_out, new_id, id_start[to + 1])
+            place[row] = next_row[to]
+            new_id = copy_id(id_bytes, start, stop, id_bytes_out, next_id[to], id_start[to + 1])
+            id_end_out[next_row[to]] = np.uint32(new_id - id_start[to])
+            next_row[to] += 1
             next_id[to] = new_id
-            id_end_out[new_row] = np.uint32(new_id - id_start[to])
         start = stop
+    for row in range(rows):
+        if target[row] < targets:
+            partner_out[np.int64(place[row])] = partner[row]
+    for row in range(rows):
+        if target[row] < targets:
+            lat_e7_out[np.int64(place[row])] = lat_e7[row]
+    for row in range(rows):
+        if target[row] < targets:
+            lng_e7_out[np.int64(place[row])] = lng_e7[row]
+    for row in range(rows):
+        if target[row] < targets:
+            observed_at_ms_out[np.int64(place[row])] = observed_at_ms[row]
+    for row in range(at_ms.shape[0]):
+        if target[row] < targets:
+            at_ms_out[np.int64(place[row])] = at_ms[row]

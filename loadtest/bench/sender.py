@@ -22,6 +22,7 @@ import numpy as np
 import orjson
 
 from flows.log import LogWriter, read_settings
+from flows.malloc import keep_freed_memory
 from flows.server import LinkOpener, connect, link_opener
 from geoindex.columns import PingBatch
 from geoindex.entries import Settings
@@ -175,6 +176,7 @@ class _Timetable:
 
 def main(arguments: list[str]) -> None:
     """The process: draw the pool, then do what stdin says."""
+    keep_freed_memory()  # as a gateway does
     url = arguments[0]
     phone_count, first_ping, pool_pings, step = (int(argument) for argument in arguments[1:])
     traffic = Traffic(phone_count)

@@ -18,6 +18,7 @@ from flows.checkpointer import LogTooShort
 from flows.embedded import EmbeddedServer
 from flows.live import LiveFlow, open_flow
 from flows.log import SettingsMismatch
+from flows.malloc import keep_freed_memory
 from flows.metrics import METRICS
 from flows.server import ServerRefused, connect, masked_url
 from flows.supervisor import Supervisor
@@ -83,6 +84,7 @@ def run(
     first_settings = Settings(
         shard_count=shard_count, partners=tuple(partner or ()), live_window_ms=duration_ms(live_window)
     )
+    keep_freed_memory()
     with contextlib.ExitStack() as stack:
         if config.valkey is None:
             try:

@@ -57,6 +57,7 @@ def serve(
 ) -> None:
     """Run a gateway: partners' pings and pushes, the alert desk, public pages and feeds, over HTTP."""
     # Here, so that no other command waits for FastAPI.
+    from flows.malloc import keep_freed_memory
     from gateway.app import create_app
     from gateway.serving import GatewayServer, listen
 
@@ -72,6 +73,7 @@ def serve(
         secret_file=secret_file,
         unsafe_server=unsafe_server,
     )
+    keep_freed_memory()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(server(config.valkey, config.var))
         settings_of(client)
