@@ -1,5 +1,5 @@
-"""The supervisor of the embedded server: starts it again when it ends, watches the disk that it writes to, and keeps
-its file out of the page cache.
+"""The supervisor of the embedded server: starts it again when it ends, watches the disk that it writes to, keeps its
+file out of the page cache, and has deleted ones leave the disk piece by piece.
 
     thread, in every process that started or joined the server; only the owner's acts, until it is gone
 
@@ -97,7 +97,7 @@ class Supervisor:
                 self._failures = 0
             if not self._failures:
                 self._metrics.alarms.clear("supervisor")
-            self._server.drop_file_cache()
+            self._server.look_after_files()
             return
         if self._ended_at_s is None:
             self._ended_at_s = now_s
@@ -136,6 +136,7 @@ class Supervisor:
         words = self._disk_words(DISK_SHORT_BYTES, DISK_SHORT_SHARE)
         self._metrics.alarms.put("disk", words)
         if words is not None:
+            self._server.free_deleted_files()
             try:
                 self._client.set(PINGS_HELD_KEY, words, ex=HELD_EXPIRY_S)
             except redis.RedisError as error:

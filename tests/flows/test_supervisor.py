@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -209,6 +210,46 @@ def test_the_file_of_a_server_that_runs_is_kept_out_of_the_page_cache(
     watched.kill()
     watched.step()
     assert not dropped, "a server that is started reads its file"
+
+
+def deleted_bytes(folder: Path) -> int:
+    """Of files of that folder which have no name any more, and are open here."""
+    sizes = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(link).startswith(str(folder)) and os.readlink(link).endswith("(deleted)"):
+                sizes[link.stat().st_ino] = link.stat().st_size
+    return sum(sizes.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_what_a_rewrite_deletes_leaves_the_disk_in_pieces_or_at_once_if_the_disk_is_short(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = watched.server.directory / "appendonlydir"
+    monkeypatch.setattr(embedded_module, "FREED_BYTES", 1000)
+    with connected(watched.server) as client:
+
+        def rewrite() -> None:
+            client.set("large", "x" * 100_000)
+            watched.step()
+            client.bgrewriteaof()
+            eventually(lambda: client.info("persistence")["aof_rewrite_in_progress"] == 0)
+            eventually(lambda: deleted_bytes(folder) > 0)
+
+        rewrite()
+        before = deleted_bytes(folder)
+        assert before > 100_000
+        watched.step()
+        assert 0 < before - deleted_bytes(folder) <= 1000
+        for _ in range(before // 1000 + 2):
+            watched.step()
+        assert deleted_bytes(folder) == 0
+        rewrite()
+        monkeypatch.setattr(module, "DISK_SHORT_BYTES", 1 << 62)
+        monkeypatch.setattr(module, "DISK_SHORT_SHARE", 1.0)
+        watched.step(1.0)
+        assert deleted_bytes(folder) == 0
 
 
 def test_a_disk_that_is_nearly_full_holds_pings_back(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
