@@ -6,6 +6,8 @@ called, and read nothing outside the arrays they are given.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from geoindex.columns import I32, I64, ID_BYTES_MAX, LAT_E7_MAX, LNG_E7_MAX, U8, U16, U32
@@ -498,6 +500,14 @@ def count_rows(target: U16, id_end: U32, row_start: I64, id_start: I64) -> None:
         id_start[index + 1] += id_start[index]
 
 
+@inline_kernel
+def _move(column: Any, target: U16, targets: int, place: U32, out: Any) -> None:
+    """`column[row]` -> `out[place[row]]` where the row's target is below `targets`; an empty column has no rows."""
+    for row in range(column.shape[0]):
+        if target[row] < targets:
+            out[np.int64(place[row])] = column[row]
+
+
 @kernel
 def group_rows(
     target: U16,
@@ -539,18 +549,8 @@ def group_rows(
             next_row[to] += 1
             next_id[to] = new_id
         start = stop
-    for row in range(rows):
-        if target[row] < targets:
-            partner_out[np.int64(place[row])] = partner[row]
-    for row in range(rows):
-        if target[row] < targets:
-            lat_e7_out[np.int64(place[row])] = lat_e7[row]
-    for row in range(rows):
-        if target[row] < targets:
-            lng_e7_out[np.int64(place[row])] = lng_e7[row]
-    for row in range(rows):
-        if target[row] < targets:
-            observed_at_ms_out[np.int64(place[row])] = observed_at_ms[row]
-    for row in range(at_ms.shape[0]):
-        if target[row] < targets:
-            at_ms_out[np.int64(place[row])] = at_ms[row]
+    _move(partner, target, targets, place, partner_out)
+    _move(lat_e7, target, targets, place, lat_e7_out)
+    _move(lng_e7, target, targets, place, lng_e7_out)
+    _move(observed_at_ms, target, targets, place, observed_at_ms_out)
+    _move(at_ms, target, targets, place, at_ms_out)

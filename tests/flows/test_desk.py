@@ -45,6 +45,7 @@ def events(client: redis.Redis, key: str) -> list[AlertRevision | AlertClose]:
 
 
 def test_published_alert_stands_on_the_desk_with_revision_1(client: redis.Redis, alert_desk: Desk) -> None:
+    began_ms = time.time() * 1000
     answer = alert_desk.publish(replace(ALERT, revision=9), {"headline": "Missing in Wuhan"})
     assert answer.revision == 1
     assert answer.desk_id == last_id(client, DESK_KEY)
@@ -52,7 +53,7 @@ def test_published_alert_stands_on_the_desk_with_revision_1(client: redis.Redis,
     known = alert_desk.show("a17")
     assert known is not None
     assert (known.alert, known.outcome, known.content) == (ALERT, None, {"headline": "Missing in Wuhan"})
-    assert abs(known.published_at_ms - NOW_MS) < 12 * 3_600_000
+    assert abs(known.published_at_ms - began_ms) < 600_000
 
 
 def test_edit_whose_answer_was_lost_is_neither_made_again_nor_refused(
