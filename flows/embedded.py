@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +40,9 @@ _FILE_FOLDER = "appendonlydir"
 FILE_BYTES_SHARE = 0.25
 """Of `maxmemory`: a file smaller than that is not rewritten for its size. Each rewrite of a small file made pushes and
 pings wait, and a file may be twice as large as the data anyway."""
+FILE_GROWTH_PERCENT_MIN, FILE_GROWTH_PERCENT_MAX = 100, 300
+"""By how much the file grows before it is rewritten for its size. Each rewrite writes all data once more, with most of
+a core: at 100 as much again as is appended, at 300 a third of it. A start reads what has grown: 2 s more a GB."""
 FREED_BYTES = 64 << 20
 """Of files that a rewrite has deleted, at a time: 640 MB a second, four times what 3 million pings a second add."""
 
@@ -252,6 +256,7 @@ def _spawn(
         "save": "",
         "appendonly": "yes",
         "appendfsync": "always",
+        "auto-aof-rewrite-percentage": str(file_growth_percent(_room_bytes(directory), memory_bytes_max)),
         "auto-aof-rewrite-min-size": str(round(memory_bytes_max * FILE_BYTES_SHARE)),
         "aof-use-rdb-preamble": "no",  # so that `tuanyuan retention` can read what is in it
         "aof-load-truncated": "yes",  # a crash may leave half a command; what follows from that is ours to notice
@@ -286,6 +291,22 @@ def _spawn(
             cut[2],
         )
     return process, state
+
+
+def file_growth_percent(room_bytes: int, memory_bytes_max: int) -> int:
+    """By how much the append-only file may grow before it is rewritten, in per cent of what it was.
+
+    `room_bytes`: what the disk has for it. Data of `memory_bytes_max`, the file grown by so much, and beside it the next
+    one fit, down to a disk on which not even the least growth would.
+    """
+    spare_percent = 100 * room_bytes // memory_bytes_max - 200
+    return max(FILE_GROWTH_PERCENT_MIN, min(FILE_GROWTH_PERCENT_MAX, spare_percent))
+
+
+def _room_bytes(directory: Path) -> int:
+    """What the disk has for the append-only file: what is free, and what the file has already."""
+    taken = sum(path.stat().st_size for path in (directory / _FILE_FOLDER).glob("*.aof"))
+    return shutil.disk_usage(directory).free + taken
 
 
 _CUT = re.compile(r"Truncating the AOF (\S+) at offset (\d+)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import redis
 
 from flows import embedded
-from flows.embedded import EmbeddedServer
+from flows.embedded import EmbeddedServer, file_growth_percent
 from flows.server import Link, ServerRefused, check_server, connect, masked_url, packed
 from tests.flows.waiting import eventually
 
@@ -261,6 +262,34 @@ def test_embedded_server_keeps_memory_it_freed_and_rewrites_no_small_file(
         assert environment["MALLOC_TOP_PAD_"] == "4096", "what somebody has set stays"
         client = connect(own.url)
         assert client.config_get("auto-aof-rewrite-min-size") == {"auto-aof-rewrite-min-size": str(16 << 20)}
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("room_gb", "percent"),
+    [(1000, 300), (50, 300), (49, 290), (35, 150), (30, 100), (5, 100), (0, 100)],
+)
+def test_file_grows_as_far_as_the_disk_has_room(room_gb: int, percent: int) -> None:
+    """10 GB of data: 50 GB hold a file of 40 and the next one of 10."""
+    assert file_growth_percent(room_gb << 30, 10 << 30) == percent
+
+
+def test_embedded_server_counts_its_own_file_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tmp_path / "v" / "appendonlydir"
+    with start(tmp_path / "v"):
+        pass
+    (files / "left.aof").write_bytes(bytes(64 << 20))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=128 << 20))
+    with start(tmp_path / "v") as own:
+        client = connect(own.url)
+        assert client.config_get("auto-aof-rewrite-percentage") == {"auto-aof-rewrite-percentage": "100"}
+        client.close()
+    (files / "left.aof").write_bytes(bytes(160 << 20))
+    with start(tmp_path / "v") as own:
+        client = connect(own.url)
+        (growth,) = client.config_get("auto-aof-rewrite-percentage").values()
+        assert int(growth) >= 250
         client.close()
 
 
