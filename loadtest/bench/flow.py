@@ -1,7 +1,8 @@
 """The whole flow over prefilled logs: embedded server -> Bytewax -> push queues, everything on the machine's cores.
 
 The flow knows every phone, has told every alert and has caught up; then its processes are frozen, the logs are filled
-with pings never seen before, and the time runs from letting the processes go until `done` has reached the end.
+with pings never seen before, and the time runs from letting the processes go until `done` has reached the end. A
+rewrite of the server's file that the filling has brought about is waited for first.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def measure(
                 system.append(sent.pings)
                 owed.update(pairs(traffic.world, alerts, *expected.apply(sent)))
             log_bytes += server_info(system.client, "memory")["used_memory"] - memory_before
+            system.wait_rewritten()
             with measured_cpu(system) as cores:
                 started_s = time.monotonic()
                 system.thaw()

@@ -214,6 +214,14 @@ class LiveSystem:
             poll_s,
         )
 
+    def wait_rewritten(self) -> None:
+        """Wait until the server is not rewriting its file."""
+        self.wait_until(
+            lambda: not server_info(self.client, "persistence")["aof_rewrite_in_progress"],
+            DONE_TIMEOUT_S,
+            "the server's file is rewritten",
+        )
+
     # --- queues -------------------------------------------------------------------------------------------------------
 
     def queues(self) -> Iterator[tuple[str, str]]:

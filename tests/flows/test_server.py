@@ -289,7 +289,7 @@ def test_embedded_server_counts_its_own_file_as_room(tmp_path: Path, monkeypatch
     with start(tmp_path / "v") as own:
         client = connect(own.url)
         (growth,) = client.config_get("auto-aof-rewrite-percentage").values()
-        assert int(growth) >= 250
+        assert int(str(growth)) >= 250
         client.close()
 
 

@@ -1,0 +1,92 @@
+"""Holds back the child that rewrites the server's append-only file, so that who waits for the server waits less.
+
+    server ──fork──> child: writes all data into a new file, as fast as core and disk allow
+                       ^ stopped and let go in turn, by a thread of the process that owns the server
+
+Unhindered, the child has a core of its own and half of the disk for seconds, and pushes wait. A child that is stopped
+half of the time takes twice as long, and they wait half as long (docs/decisions/0016-memory.md). Priorities do nothing
+of the kind: where the kernel groups processes by session, a child competes with its own server alone.
+
+A child is never left stopped: whoever looks after the server next lets it go on, and so does whoever ends the server,
+which would wait for its child for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+STOPPED_S = RUNNING_S = 0.02
+"""Shorter than what a push takes anyway; longer than a turn of the kernel's scheduler."""
+_FILE_NAMES = "temp-rewriteaof-*.aof"
+"""What the child writes to, in the server's directory; the name ends with its process id."""
+
+
+def rewriting_children(directory: Path, server_pid: int) -> list[psutil.Process]:
+    """The children of a server that are rewriting its file: one at most, as Valkey has it. Raises OSError."""
+    found: dict[int, psutil.Process] = {}
+    for path in directory.glob(_FILE_NAMES):
+        pid = path.stem.rpartition("-")[2]
+        # A file may be left over from a child that was killed, and its number be a stranger's by now.
+        with contextlib.suppress(psutil.Error, ValueError):
+            process = psutil.Process(int(pid))
+            if process.ppid() == server_pid:
+                found[process.pid] = process
+    return list(found.values())
+
+
+def resume(children: list[psutil.Process]) -> None:
+    """Let children go on that somebody may have stopped."""
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.resume()
+
+
+class RewritePacer:
+    """Stops and continues the children that rewrite a server's file, in turn. One thread."""
+
+    def __init__(self, children: Callable[[], list[psutil.Process]]) -> None:
+        """`children`: those to hold back now; none while another process looks after the server."""
+        self._children = children
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="rewrite-pacer", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Stop the thread; a child goes on unhindered."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(POLL_S):
+            try:
+                for child in self._children():
+                    self._pace(child)
+            except OSError as error:
+                logger.error("rewrites of the append-only file are not held back: %s", error)
+
+    def _pace(self, child: psutil.Process) -> None:
+        """Until the child has ended, or this is to stop."""
+        try:
+            while not self._stopping.is_set() and child.status() != psutil.STATUS_ZOMBIE:
+                child.suspend()
+                self._stopping.wait(STOPPED_S)
+                child.resume()
+                self._stopping.wait(RUNNING_S)
+        except psutil.NoSuchProcess:
+            return
+        except psutil.Error as error:
+            logger.warning("the rewrite of the append-only file is not held back: %s", error)
+            self._stopping.wait(POLL_S)
