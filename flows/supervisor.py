@@ -1,7 +1,7 @@
 """The supervisor of the embedded server: starts it again when it ends, watches the disk that it writes to, keeps its
 file out of the page cache, has deleted ones leave the disk piece by piece, and holds rewrites of it back.
 
-    thread, in every process that started or joined the server; only the owner's acts, until it is gone
+    threads, in every process that started or joined the server; only the owner's act, until it is gone
 
 Valkey ends on purpose when the disk refuses a write: under `appendfsync always` it must not answer for what is not on
 disk. So an end is nothing unusual, and what is behind it decides when it is started again: at once, ever later if it
