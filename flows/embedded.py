@@ -225,8 +225,8 @@ class EmbeddedServer:
         self._files.shrink(FREED_BYTES)
 
     def rewriting_children(self) -> list[psutil.Process]:
-        """The child that is rewriting the server's file, if this process looks after the server. Raises OSError."""
-        return rewriting_children(self.directory, self.pid) if self.owned else []
+        """The children that are rewriting the file, if this process looks after the server. Raises OSError."""
+        return rewriting_children(self.directory) if self.owned else []
 
     def free_deleted_files(self) -> None:
         """Give back all that a rewrite has deleted, at once: the disk is short of room."""
@@ -368,7 +368,7 @@ def _terminate(directory: Path, state: _State, process: subprocess.Popen[bytes] 
         process = None  # another one by now
     if process is None and not _is_ours(directory, state):
         return
-    resume(rewriting_children(directory, state.pid))  # whoever stopped one may have been killed
+    resume(rewriting_children(directory))  # whoever stopped one may have been killed
     if process is None or process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(state.pid, signal.SIGTERM)

@@ -7,8 +7,8 @@ Unhindered, the child has a core of its own and half of the disk for seconds, an
 half of the time takes twice as long, and they wait half as long (docs/decisions/0016-memory.md). Priorities do nothing
 of the kind: where the kernel groups processes by session, a child competes with its own server alone.
 
-A child is never left stopped: whoever looks after the server next lets it go on, and so does whoever ends the server,
-which would wait for its child for ever.
+A child is never left stopped: whoever looks after the server next lets it go on, also if its own server is gone, whose
+memory it would keep; and so does whoever ends the server, which would wait for its child for ever.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ _FILE_NAMES = "temp-rewriteaof-*.aof"
 """What the child writes to, in the server's directory; the name ends with its process id."""
 
 
-def rewriting_children(directory: Path, server_pid: int) -> list[psutil.Process]:
-    """The children of a server that are rewriting its file: one at most, as Valkey has it. Raises OSError."""
+def rewriting_children(directory: Path) -> list[psutil.Process]:
+    """The child that is rewriting a server's file, and those of earlier servers that were killed. Raises OSError."""
     found: dict[int, psutil.Process] = {}
+    home = directory.resolve()
     for path in directory.glob(_FILE_NAMES):
         pid = path.stem.rpartition("-")[2]
-        # A file may be left over from a child that was killed, and its number be a stranger's by now.
+        # A file may be left over from a child that is gone, and its number be a stranger's by now: a child works where
+        # its server does.
         with contextlib.suppress(psutil.Error, ValueError):
             process = psutil.Process(int(pid))
-            if process.ppid() == server_pid:
+            if Path(process.cwd()) == home:
                 found[process.pid] = process
     return list(found.values())
 

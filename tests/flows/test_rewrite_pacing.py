@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import redis
 
 from flows.embedded import EmbeddedServer
 from flows.metrics import Metrics
-from flows.rewrite_pacing import RewritePacer, rewriting_children
+from flows.rewrite_pacing import RewritePacer
 from flows.server import connect
 from flows.supervisor import Supervisor
 from tests.flows.waiting import eventually
@@ -58,12 +59,11 @@ def test_the_child_of_this_server_is_found_and_no_other(server: EmbeddedServer, 
     assert server.rewriting_children() == []
     child = rewriting(client, server, 100_000)
     assert child.ppid() == server.pid
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
-        for name in (str(stranger.pid), str(os.getpid()), f"bg-{stranger.pid}", "bg-", "x"):
-            (server.directory / f"temp-rewriteaof-{name}.aof").touch()
-        assert server.rewriting_children() == [child]
-        assert rewriting_children(server.directory, os.getpid()) == [psutil.Process(stranger.pid)]
-        stranger.communicate(b"\n")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (str(os.getpid()), f"bg-{os.getpid()}", str(gone.pid), "bg-", "x"):
+        (server.directory / f"temp-rewriteaof-{name}.aof").touch()
+    assert server.rewriting_children() == [child]
 
 
 def test_a_process_that_does_not_look_after_the_server_holds_nothing_back(
@@ -111,6 +111,25 @@ def test_a_child_that_was_left_stopped_goes_on_under_the_next_pacer(
     pacer.start()
     eventually(lambda: ended_well(client))
     pacer.stop()
+
+
+def test_a_child_whose_server_was_killed_as_well_goes_on_to_its_end(tmp_path: Path) -> None:
+    """It would keep the memory of its server for ever."""
+    directory = tmp_path / "v"
+    server = EmbeddedServer.start(directory, port=None, memory_bytes_max=64 << 20)
+    client = connect(server.url)
+    client.mset({f"key{number}": "value" for number in range(KEYS)})
+    child = rewriting(client, server, 100)
+    child.suspend()
+    client.close()
+    os.kill(server.pid, signal.SIGKILL)
+    eventually(lambda: server.ended() is not None)
+    server.revive(lambda _: None)
+    pacer = RewritePacer(server.rewriting_children)
+    pacer.start()
+    eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    pacer.stop()
+    server.close()
 
 
 def test_a_server_whose_child_was_left_stopped_ends_when_it_is_asked_to(tmp_path: Path) -> None:
