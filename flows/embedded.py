@@ -40,7 +40,7 @@ _STATE_NAME, _LOG_NAME, _MEMBERS_NAME = "server.json", "valkey.log", "members.lo
 _FILE_FOLDER = "appendonlydir"
 FILE_BYTES_SHARE = 0.25
 """Of `maxmemory`: a file smaller than that is not rewritten for its size. Each rewrite of a small file made pushes and
-pings wait, and a file may be twice as large as the data anyway."""
+pings wait, and a file may be larger than the data anyway."""
 FILE_GROWTH_PERCENT_MIN, FILE_GROWTH_PERCENT_MAX = 100, 300
 """By how much the file grows before it is rewritten for its size. Each rewrite writes all data once more, with most of
 a core: at 100 as much again as is appended, at 300 a third of it. A start reads what has grown: 2 s more a GB."""

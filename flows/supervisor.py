@@ -22,7 +22,7 @@ import redis
 from flows.embedded import EmbeddedServer
 from flows.guards import PINGS_HELD_KEY
 from flows.metrics import METRICS, Metrics
-from flows.rewrite_pacing import RewritePacer
+from flows.rewrite_pacing import hold_back
 from flows.server import connect, worth_a_line
 
 logger = logging.getLogger(__name__)
@@ -66,20 +66,24 @@ class Supervisor:
         self._failures = 0
         """Starts in a row that failed, or did not last."""
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
-        self._pacer = RewritePacer(server.rewriting_children)
+        self._threads = [
+            threading.Thread(target=self._run, name="supervisor", daemon=True),
+            threading.Thread(
+                target=hold_back, args=(server.rewriting_children, self._stopping), name="rewrite-pacer", daemon=True
+            ),
+        ]
 
     def start(self) -> None:
         """Start the threads."""
-        self._thread.start()
-        self._pacer.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Stop watching, ahead of `server.close()`. A start under way is given up."""
         self._stopping.set()
-        self._pacer.stop()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout_s)
         self._client.close()
 
     def step(self) -> None:

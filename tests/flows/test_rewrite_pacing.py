@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,7 @@ import redis
 
 from flows.embedded import EmbeddedServer
 from flows.metrics import Metrics
-from flows.rewrite_pacing import RewritePacer
+from flows.rewrite_pacing import hold_back
 from flows.server import connect
 from flows.supervisor import Supervisor
 from tests.flows.waiting import eventually
@@ -44,6 +46,16 @@ def rewriting(client: redis.Redis, server: EmbeddedServer, key_us: int) -> psuti
     eventually(lambda: bool(server.rewriting_children()))
     (child,) = server.rewriting_children()
     return child
+
+
+@contextmanager
+def held_back(server: EmbeddedServer) -> Iterator[None]:
+    stopping = threading.Event()
+    thread = threading.Thread(target=hold_back, args=(server.rewriting_children, stopping))
+    thread.start()
+    yield
+    stopping.set()
+    thread.join()
 
 
 def ended_well(client: redis.Redis) -> bool:
@@ -76,17 +88,14 @@ def test_a_process_that_does_not_look_after_the_server_holds_nothing_back(
 
 
 def test_the_child_is_stopped_and_let_go_in_turn_and_ends_well(server: EmbeddedServer, client: redis.Redis) -> None:
-    child = rewriting(client, server, 20_000)
-    pacer = RewritePacer(server.rewriting_children)
-    pacer.start()
-    for _ in range(2):
-        eventually(lambda: is_stopped(child))
-        eventually(lambda: not is_stopped(child))
-    client.config_set("rdb-key-save-delay", 0)
-    eventually(lambda: ended_well(client))
-    rewriting(client, server, 1_000)
-    eventually(lambda: ended_well(client))
-    pacer.stop()
+    child = rewriting(client, server, 5_000)
+    with held_back(server):
+        for _ in range(2):
+            eventually(lambda: is_stopped(child))
+            eventually(lambda: not is_stopped(child))
+        eventually(lambda: ended_well(client))
+        rewriting(client, server, 1_000)
+        eventually(lambda: ended_well(client))
 
 
 def test_a_supervisor_holds_the_child_back_and_lets_it_go_at_its_end(
@@ -107,10 +116,8 @@ def test_a_child_that_was_left_stopped_goes_on_under_the_next_pacer(
     child = rewriting(client, server, 100)
     child.suspend()
     eventually(lambda: is_stopped(child))
-    pacer = RewritePacer(server.rewriting_children)
-    pacer.start()
-    eventually(lambda: ended_well(client))
-    pacer.stop()
+    with held_back(server):
+        eventually(lambda: ended_well(client))
 
 
 def test_a_child_whose_server_was_killed_as_well_goes_on_to_its_end(tmp_path: Path) -> None:
@@ -125,10 +132,8 @@ def test_a_child_whose_server_was_killed_as_well_goes_on_to_its_end(tmp_path: Pa
     os.kill(server.pid, signal.SIGKILL)
     eventually(lambda: server.ended() is not None)
     server.revive(lambda _: None)
-    pacer = RewritePacer(server.rewriting_children)
-    pacer.start()
-    eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-    pacer.stop()
+    with held_back(server):
+        eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
     server.close()
 
 
