@@ -10,7 +10,9 @@ import logging
 import mmap
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +46,8 @@ WORD_ALERTS = 64
 ROWS_MAX_MIN = 1 << 20
 SMALL_PAGES_BYTES = 2 << 20
 """Of each column; a multiple of every page size."""
+BACKED_ROWS = 1 << 14
+"""So many rows at a time get memory for their told bits. Each row's other columns are written when it is given."""
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0x40
 
@@ -58,6 +62,17 @@ def _reserve(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.gen
     if hasattr(mmap, "MADV_HUGEPAGE") and size_bytes > SMALL_PAGES_BYTES:
         region.madvise(mmap.MADV_HUGEPAGE, SMALL_PAGES_BYTES)
     return np.frombuffer(region, dtype=dtype).reshape(shape)
+
+
+def _back(told: U64, first: int, stop: int) -> None:
+    """Have memory behind rows that nobody uses yet. May be called on another thread: holds no lock of Python's."""
+    told[first:stop].reshape(-1)[:: mmap.PAGESIZE // 8] = 0
+
+
+def _backed_told(row_count: int, words: int, rows_max: int) -> U64:
+    told: U64 = _reserve((rows_max, words), np.uint64)  # type: ignore[assignment]
+    _back(told, 0, row_count)
+    return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +103,9 @@ class DeviceTable:
     def _reserve_all(self, rows_max: int) -> None:
         self.rows_max = rows_max
         self._told_words = 1
+        self._told_backed = 0
+        """Rows that have memory for their told bits."""
+        self._wider_told: Future[U64] | None = None
         self.columns = DeviceColumns(
             index=_reserve((INDEX_SLOTS_MIN,), np.uint32),  # type: ignore[arg-type]
             records=_reserve((rows_max,), RECORD),  # type: ignore[arg-type]
@@ -112,6 +130,7 @@ class DeviceTable:
             raise MemoryError(f"device table: at most {table.rows_max} devices in a shard, got {counts[ROWS]}")
         table.columns.counts[:] = counts
         table.make_alert_room(told_words * WORD_ALERTS)
+        table._told_backed = counts[ROWS]
         for name, column in table.columns_in_use().items():
             fill(name, column)
         # As full as an index is on the average, so that it is not built again for the next new device.
@@ -162,6 +181,12 @@ class DeviceTable:
             raise MemoryError(
                 f"device table: at most {self.rows_max} devices in a shard, got {needed}; use more shards"
             )
+        row_count = min(int(counts[ROWS]) + device_count, self.rows_max)
+        if row_count > self._told_backed:
+            # Otherwise the first alert's scan would wait for all of it.
+            backed = min(-(-row_count // BACKED_ROWS) * BACKED_ROWS, self.rows_max)
+            _back(self.columns.told, self._told_backed, backed)
+            self._told_backed = backed
         slots = len(self.columns.index)
         if needed > slots * INDEX_LOAD_MAX:
             self._make_index(int(max(slots * INDEX_GROWTH, needed / INDEX_LOAD_MAX + 1)))
@@ -175,12 +200,25 @@ class DeviceTable:
 
     def make_alert_room(self, alert_count: int) -> None:
         """Make sure that `told` has a bit for so many alerts."""
-        words = -(-alert_count // WORD_ALERTS)
-        if words > self._told_words:
-            told: U64 = _reserve((self.rows_max, words), np.uint64)  # type: ignore[assignment]
-            told[: self.row_count, : self._told_words] = self.columns.told[: self.row_count]
-            self._told_words = words
+        while alert_count > self._told_words * WORD_ALERTS:
+            self.expect_alerts(alert_count)
+            wider, self._wider_told = cast("Future[U64]", self._wider_told), None
+            told = wider.result()
+            for word in range(self._told_words):
+                told[: self.row_count, word] = self.columns.told[: self.row_count, word]
+            self._told_words, self._told_backed = told.shape[1], self.row_count
             self.columns = self.columns._replace(told=told)
+
+    def expect_alerts(self, alert_count: int) -> None:
+        """Have memory made for so many alerts, on another thread: nobody waits for it but `make_alert_room`.
+
+        *Measured* on a virtual machine, 1.25 million devices: 40 ms for memory new to it, 4 for the copy.
+        """
+        words = -(-alert_count // WORD_ALERTS)
+        if words > self._told_words and self._wider_told is None:
+            thread = ThreadPoolExecutor(1, "told-bits")
+            self._wider_told = thread.submit(_backed_told, self.row_count, words, self.rows_max)
+            thread.shutdown(wait=False)
 
     def sweep(self, expired_before_ms: int) -> None:
         """Wipe locations observed before that time; free devices that no open alert has told."""

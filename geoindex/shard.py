@@ -45,6 +45,8 @@ ENDED_KEPT_MS = 24 * HOUR_MS
 HITS_MIN = 1 << 16
 SCAN_SHARE_ROWS_MIN = 1 << 20
 """A core looks at as many rows in 3 to 7 ms; a thread for a share takes 0.6 ms to begin and end (measured, AMD)."""
+ALERTS_AHEAD = 8
+"""Open alerts beyond those there are for which memory is made while nobody waits for it."""
 
 
 class SettingsRefused(ValueError):
@@ -294,6 +296,7 @@ class ShardMachine:
         if opened is None:
             opened = self._alerts.add(alert, self.clock_ms)
             self._devices.make_alert_room(self._alerts.slot_count)
+            self._devices.expect_alerts(len(self._alerts.open) + ALERTS_AHEAD)
         else:
             # Rule 8: everyone told hears of the edit first.
             self._alerts.revise(opened, alert, self.clock_ms)
