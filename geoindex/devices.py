@@ -46,8 +46,6 @@ WORD_ALERTS = 64
 ROWS_MAX_MIN = 1 << 20
 SMALL_PAGES_BYTES = 2 << 20
 """Of each column; a multiple of every page size."""
-BACKED_ROWS = 1 << 14
-"""So many rows at a time get memory for their told bits. Each row's other columns are written when it is given."""
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0x40
 
@@ -64,14 +62,10 @@ def _reserve(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.gen
     return np.frombuffer(region, dtype=dtype).reshape(shape)
 
 
-def _back(told: U64, first: int, stop: int) -> None:
-    """Have memory behind rows that nobody uses yet. May be called on another thread: holds no lock of Python's."""
-    told[first:stop].reshape(-1)[:: mmap.PAGESIZE // 8] = 0
-
-
 def _backed_told(row_count: int, words: int, rows_max: int) -> U64:
+    """Told bits of nobody, with memory behind so many rows. For another thread: holds no lock of Python's meanwhile."""
     told: U64 = _reserve((rows_max, words), np.uint64)  # type: ignore[assignment]
-    _back(told, 0, row_count)
+    told[:row_count].reshape(-1)[:: mmap.PAGESIZE // told.itemsize] = 0
     return told
 
 
@@ -103,8 +97,6 @@ class DeviceTable:
     def _reserve_all(self, rows_max: int) -> None:
         self.rows_max = rows_max
         self._told_words = 1
-        self._told_backed = 0
-        """Rows that have memory for their told bits."""
         self._wider_told: Future[U64] | None = None
         self.columns = DeviceColumns(
             index=_reserve((INDEX_SLOTS_MIN,), np.uint32),  # type: ignore[arg-type]
@@ -130,7 +122,6 @@ class DeviceTable:
             raise MemoryError(f"device table: at most {table.rows_max} devices in a shard, got {counts[ROWS]}")
         table.columns.counts[:] = counts
         table.make_alert_room(told_words * WORD_ALERTS)
-        table._told_backed = counts[ROWS]
         for name, column in table.columns_in_use().items():
             fill(name, column)
         # As full as an index is on the average, so that it is not built again for the next new device.
@@ -181,12 +172,6 @@ class DeviceTable:
             raise MemoryError(
                 f"device table: at most {self.rows_max} devices in a shard, got {needed}; use more shards"
             )
-        row_count = min(int(counts[ROWS]) + device_count, self.rows_max)
-        if row_count > self._told_backed:
-            # Otherwise the first alert's scan would wait for all of it.
-            backed = min(-(-row_count // BACKED_ROWS) * BACKED_ROWS, self.rows_max)
-            _back(self.columns.told, self._told_backed, backed)
-            self._told_backed = backed
         slots = len(self.columns.index)
         if needed > slots * INDEX_LOAD_MAX:
             self._make_index(int(max(slots * INDEX_GROWTH, needed / INDEX_LOAD_MAX + 1)))
@@ -204,9 +189,8 @@ class DeviceTable:
             self.expect_alerts(alert_count)
             wider, self._wider_told = cast("Future[U64]", self._wider_told), None
             told = wider.result()
-            for word in range(self._told_words):
-                told[: self.row_count, word] = self.columns.told[: self.row_count, word]
-            self._told_words, self._told_backed = told.shape[1], self.row_count
+            told[: self.row_count, : self._told_words] = self.columns.told[: self.row_count]
+            self._told_words = told.shape[1]
             self.columns = self.columns._replace(told=told)
 
     def expect_alerts(self, alert_count: int) -> None:

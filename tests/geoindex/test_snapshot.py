@@ -173,7 +173,7 @@ def test_every_attribute_is_either_state_or_made_anew() -> None:
     made_anew = {"_secrets", "_due_ms", "_hit_row", "_hit_slot", "_hit_ping", "_scratch", "_told_as"}
     made_anew |= {"accepted_by_partner"}  # of the last entry, for metrics
     assert set(vars(ShardMachine())) == state | made_anew
-    assert set(vars(DeviceTable())) == {"columns", "rows_max", "_told_words", "_told_backed", "_wider_told"}
+    assert set(vars(DeviceTable())) == {"columns", "rows_max", "_told_words", "_wider_told"}
     saved = set(DeviceTable().columns_in_use())
     assert set(DeviceTable().columns._fields) - {"index", "counts"} == saved
     assert set(vars(AlertIndex())) == {"open", "_partners", "_by_slot", "_zone_rows_used", "columns"}
