@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ _XADD_BYTES_MAX = 400
 """Of what stands before the payload of a push in its command."""
 EXIT_REFUSED = 3
 """As `tuanyuan run` ends when it refuses to start."""
+LISTENS_WITHIN_S = 30.0
 CLONE_NEWNET = 0x40000000
 """Linux, sched.h."""
 
@@ -160,7 +162,7 @@ def _apply(trouble: Trouble) -> None:
         CRASHES[trouble.crash]()
 
 
-def _run(url: str, var: str, log_path: str, trouble: Trouble, options: dict[str, Any]) -> None:
+def _run(url: str, var: str, log_path: str, trouble: Trouble, options: dict[str, Any], listens: Connection) -> None:
     with Path(log_path).open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -171,6 +173,7 @@ def _run(url: str, var: str, log_path: str, trouble: Trouble, options: dict[str,
     flow = open_flow(FlowConfig(valkey=url, var=Path(var), **options), client, Settings())
     signal.signal(signal.SIGTERM, lambda *_: flow.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    listens.close()
     try:
         flow.run(lambda: print("ready", flush=True))
     except LogTooShort as refusal:
@@ -185,10 +188,13 @@ class ForkedFlow:
     def __init__(self, url: str, var: Path, log_path: Path, trouble: Trouble | None = None, **options: Any) -> None:
         self._log_path = log_path
         log_path.touch()
+        self._listens, listens = CONTEXT.Pipe(duplex=False)
+        """At its end when the process knows what SIGTERM asks of it, or is gone."""
         self._process = CONTEXT.Process(
-            target=_run, args=(url, str(var), str(log_path), trouble or Trouble(), options), daemon=True
+            target=_run, args=(url, str(var), str(log_path), trouble or Trouble(), options, listens), daemon=True
         )
         self._process.start()
+        listens.close()
 
     @property
     def said(self) -> str:
@@ -212,7 +218,8 @@ class ForkedFlow:
         return code
 
     def stop(self) -> int:
-        """SIGTERM, and its exit code."""
+        """SIGTERM, as soon as it can end cleanly; its exit code."""
+        self._listens.poll(LISTENS_WITHIN_S)
         self._process.terminate()
         return self.wait()
 

@@ -53,6 +53,8 @@ def test_flows_that_are_killed_while_logs_are_trimmed_behind_them(tmp_path: Path
             deployment.alert_during(str(life), lambda: deployment.wait_for_checkpoints(2))
             flow.kill()
             flow = deployment.flow(**OFTEN)
+        # The one that was killed may have done all there was: this one has to take its part before it is stopped.
+        deployment.wait_for_checkpoints()
         sender.end()
         deployment.settle()
         assert flow.stop() == 0, flow.said
@@ -66,6 +68,13 @@ def test_flows_that_are_killed_while_logs_are_trimmed_behind_them(tmp_path: Path
         logs = keeper.end()
         assert sum(map(len, logs.values())) > 2 * sum(map(len, deployment.logs().values()))
         deployment.check(logs, pushes_min=500)
+
+
+def test_a_flow_that_is_stopped_as_soon_as_it_starts_ends_cleanly(tmp_path: Path) -> None:
+    with deployed(tmp_path) as deployment:
+        flow = deployment.flow(**OFTEN)
+        assert flow.stop() == 0, flow.said
+        assert "stopped cleanly" in flow.said
 
 
 def test_a_clean_stop_leaves_checkpoints_and_nothing_to_replay(tmp_path: Path) -> None:
