@@ -234,6 +234,8 @@ def insert(
     else:
         row = counts[ROWS]
         counts[ROWS] += 1
+        # Memory is had here, a page at a time, not for all rows when an alert's ring first meets the table.
+        table.told[row, 0] = 0
     record = table.records[row]
     length = stop - start
     record.fingerprint_a = a

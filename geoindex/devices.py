@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,6 +47,9 @@ WORD_ALERTS = 64
 ROWS_MAX_MIN = 1 << 20
 SMALL_PAGES_BYTES = 2 << 20
 """Of each column; a multiple of every page size."""
+TOLD_BYTES_AT_ONCE, TOLD_PAUSE_S = 256 << 10, 0.01
+"""Memory for more told bits is had in such steps: *measured*, 10 MB took a virtual machine 1 to 20 ms, and eight shards
+that want it at once would take the processor from whoever else needs it."""
 
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0x40
 
@@ -62,11 +66,31 @@ def _reserve(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[np.gen
     return np.frombuffer(region, dtype=dtype).reshape(shape)
 
 
-def _backed_told(row_count: int, words: int, rows_max: int) -> U64:
-    """Told bits of nobody, with memory behind so many rows. For another thread: holds no lock of Python's meanwhile."""
-    told: U64 = _reserve((rows_max, words), np.uint64)  # type: ignore[assignment]
-    told[:row_count].reshape(-1)[:: mmap.PAGESIZE // told.itemsize] = 0
-    return told
+class _WiderTold:
+    """Told bits of nobody, with memory behind them, made by a thread that others hardly notice until it must hurry."""
+
+    def __init__(self, row_count: int, words: int, rows_max: int) -> None:
+        self._hurry = threading.Event()
+        self._made: Future[U64] = Future()
+        # It may be thrown away with its table before it has ended, and keeps no process from ending.
+        threading.Thread(target=self._make, args=(row_count, words, rows_max), name="told-bits", daemon=True).start()
+
+    def now(self) -> U64:
+        """The array, u64[rows_max, words]; waits for what is left. Raises OSError if there is no address space."""
+        self._hurry.set()
+        return self._made.result()
+
+    def _make(self, row_count: int, words: int, rows_max: int) -> None:
+        try:
+            told: U64 = _reserve((rows_max, words), np.uint64)  # type: ignore[assignment]
+            flat = told[:row_count].reshape(-1)
+            at_once = TOLD_BYTES_AT_ONCE // told.itemsize
+            for first in range(0, len(flat), at_once):
+                flat[first : first + at_once : mmap.PAGESIZE // told.itemsize] = 0
+                self._hurry.wait(TOLD_PAUSE_S)
+            self._made.set_result(told)
+        except BaseException as problem:
+            self._made.set_exception(problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +121,7 @@ class DeviceTable:
     def _reserve_all(self, rows_max: int) -> None:
         self.rows_max = rows_max
         self._told_words = 1
-        self._wider_told: Future[U64] | None = None
+        self._wider_told: _WiderTold | None = None
         self.columns = DeviceColumns(
             index=_reserve((INDEX_SLOTS_MIN,), np.uint32),  # type: ignore[arg-type]
             records=_reserve((rows_max,), RECORD),  # type: ignore[arg-type]
@@ -187,8 +211,8 @@ class DeviceTable:
         """Make sure that `told` has a bit for so many alerts."""
         while alert_count > self._told_words * WORD_ALERTS:
             self.expect_alerts(alert_count)
-            wider, self._wider_told = cast("Future[U64]", self._wider_told), None
-            told = wider.result()
+            wider, self._wider_told = cast(_WiderTold, self._wider_told), None
+            told = wider.now()
             told[: self.row_count, : self._told_words] = self.columns.told[: self.row_count]
             self._told_words = told.shape[1]
             self.columns = self.columns._replace(told=told)
@@ -200,9 +224,7 @@ class DeviceTable:
         """
         words = -(-alert_count // WORD_ALERTS)
         if words > self._told_words and self._wider_told is None:
-            thread = ThreadPoolExecutor(1, "told-bits")
-            self._wider_told = thread.submit(_backed_told, self.row_count, words, self.rows_max)
-            thread.shutdown(wait=False)
+            self._wider_told = _WiderTold(self.row_count, words, self.rows_max)
 
     def sweep(self, expired_before_ms: int) -> None:
         """Wipe locations observed before that time; free devices that no open alert has told."""

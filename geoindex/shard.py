@@ -45,7 +45,7 @@ ENDED_KEPT_MS = 24 * HOUR_MS
 HITS_MIN = 1 << 16
 SCAN_SHARE_ROWS_MIN = 1 << 20
 """A core looks at as many rows in 3 to 7 ms; a thread for a share takes 0.6 ms to begin and end (measured, AMD)."""
-ALERTS_AHEAD = 8
+ALERTS_AHEAD = 16
 """Open alerts beyond those there are for which memory is made while nobody waits for it."""
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import resource
+
 import numpy as np
 import pytest
 
@@ -125,6 +128,16 @@ def test_room_made_ahead_for_alerts_takes_over_what_was_told_since() -> None:
     assert table.columns.told.shape == (table.rows_max, table.told_words) == (table.rows_max, 3)
     assert table.rows_told(63).tolist() == [rows[-1]]
     assert [table.rows_told(slot).tolist() for slot in (62, 64, 127, 128, 191)] == [[], [], [], [], []]
+
+
+def test_told_bits_have_memory_as_soon_as_their_rows_are_given() -> None:
+    table = DeviceTable()
+    rows = _put(table, [(0, f"device {index}") for index in range(100_000)], 100)
+    told = table.columns.told[: len(rows), 0]
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert int(told.sum()) == 0
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    assert faults < told.nbytes // mmap.PAGESIZE // 4
 
 
 def test_a_full_shard_is_refused_by_name() -> None:
