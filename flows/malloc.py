@@ -22,6 +22,10 @@ _SETTINGS = {
 KEEPS_FREED_MEMORY = {name: str(size) for name, (_, size) in _SETTINGS.items()}
 """Environment of a process that keeps what it frees; what somebody has set should stay."""
 
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Environment of a process whose heap is in 2-MB pages where the kernel offers them (glibc 2.35): a fork then copies
+one entry for what would be 512."""
+
 
 def keep_freed_memory() -> None:
     """Have this process keep what it frees from now on, but for what its environment says otherwise."""

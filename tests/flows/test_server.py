@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -263,6 +264,18 @@ def test_embedded_server_keeps_memory_it_freed_and_rewrites_no_small_file(
         client = connect(own.url)
         assert client.config_get("auto-aof-rewrite-min-size") == {"auto-aof-rewrite-min-size": str(16 << 20)}
         client.close()
+
+
+def test_the_servers_memory_is_in_large_pages_where_the_kernel_offers_them(own_server: EmbeddedServer) -> None:
+    client = connect(own_server.url)
+    assert client.config_get("disable-thp") == {"disable-thp": "no"}
+    client.set("large", b"v" * (16 << 20))
+    client.close()
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "[madvise]" not in (offered.read_text() if offered.exists() else ""):
+        pytest.skip("the kernel gives large pages to everybody or to nobody")
+    flags = re.findall(r"^VmFlags:(.*)$", Path(f"/proc/{own_server.pid}/smaps").read_text(), re.MULTILINE)
+    assert any(" hg" in of_region for of_region in flags)
 
 
 @pytest.mark.parametrize(
