@@ -25,6 +25,11 @@ class Workload:
     repeats: int
 
     @property
+    def before(self) -> list[SentPings]:
+        """What is not measured: every phone is seen, and has settled there, as in `loadtest.bench.warm`."""
+        return self.first + self.first
+
+    @property
     def ping_count(self) -> int:
         return sum(len(sent.pings) for sent in self.measured)
 

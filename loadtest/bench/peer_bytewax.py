@@ -160,7 +160,7 @@ class _Partition(StatefulSourcePartition[Item, None]):
         self._clock = clock
 
     def _in_turn(self, workload: Workload, measured: list[Item]) -> Iterator[list[Item]]:
-        for sent in workload.first:
+        for sent in workload.before:
             yield list(items(workload, sent))
         yield [MARK]
         while not self._clock.may_start:

@@ -177,11 +177,11 @@ class _SinkPartition(StatefulSinkPartition[ShardPushes, None]):
 
 
 def _before(workload: Workload) -> Iterable[tuple[int, LogEntry]]:
-    """What a log holds before the measured pings: settings, alerts, every phone once."""
+    """What a log holds before the measured pings: settings, alerts, every phone twice."""
     yield OFFLINE_MS, workload.traffic.settings()
     for index, active in enumerate(workload.alerts):
         yield OFFLINE_MS, AlertRevision("publish", active.alert, (1, index + 1))
-    for sent in workload.first:
+    for sent in workload.before:
         yield sent.at_ms, as_decoded(sent.pings)
 
 

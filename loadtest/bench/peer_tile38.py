@@ -45,7 +45,7 @@ def run(workload: Workload) -> PeerRun | None:
         return None
     with tile38_server() as (client, pid):
         connection = _connection(client)
-        for sent in workload.first:
+        for sent in workload.before:
             _send(connection, list(_commands(workload, sent)))
         fences = [
             packed(

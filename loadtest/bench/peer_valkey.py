@@ -50,7 +50,7 @@ def run(workload: Workload) -> PeerRun:
     ]
     with geo_server() as (client, pid):
         link = Link(client, unsafe=True)
-        for sent in workload.first:
+        for sent in workload.before:
             _add(link, list(_commands(workload, sent)))
         for alert_id, members in _search(link, searches):
             told[alert_id] = set(members)

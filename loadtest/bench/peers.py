@@ -79,6 +79,7 @@ def measure(devices: int, pings: int, repeats: int, say: Say, alert_count: int =
         "batch_pings": BATCH_PINGS,
         "repeats": repeats,
     }
+    report.notes.append("Every phone was seen twice where it was first, and so had settled, before the pings measured.")
     for name, run in runs.items():
         beside = f" Compared with our {run.compared_with}." if run.compared_with else ""
         report.notes.append(f"{name}: {run.words}{beside}")
