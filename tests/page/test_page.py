@@ -67,6 +67,20 @@ def row_of(page: Page, alert_id: str) -> Locator:
     return page.locator(f'[data-testid="alert-row"][data-alert="{alert_id}"]')
 
 
+def point_at(page: Page, alert_id: str) -> tuple[float, float]:
+    """Move the mouse onto a mark as a person does, who follows if the page moves under it; where it is then."""
+    container = page.locator(".maplibregl-canvas-container")
+    for attempt in range(50):
+        mark, box = mark_of(page, alert_id), page.locator(".map").bounding_box()
+        assert box
+        x, y = box["x"] + mark["x"] + attempt % 2, box["y"] + mark["y"]
+        page.mouse.move(x, y)
+        page.wait_for_timeout(100)
+        if container.evaluate("element => getComputedStyle(element).cursor") == "pointer":
+            return x, y
+    raise AssertionError(f"no pointer over the mark of {alert_id}")
+
+
 def mark_of(page: Page, alert_id: str) -> dict[str, Any]:
     """An alert's mark as it stands on the map now, in the map's pixels; waits until it is there."""
     find = "id => window.tuanyuanMap?.marksShown().find(mark => mark.id === id)"
@@ -226,9 +240,7 @@ def test_mark_is_drawn_at_its_place_and_a_click_on_it_opens_the_alert(
     dot = cast("tuple[int, int, int]", shot.getpixel((round(x), round(y))))
     assert "#{:02x}{:02x}{:02x}".format(*dot) == colour
     assert page.locator(".map .maplibregl-marker").count() == 0, "an element would be laid out anew in each frame"
-    page.mouse.move(x, y)
-    expect(page.locator(".maplibregl-canvas-container")).to_have_css("cursor", "pointer")
-    page.mouse.click(x, y)
+    page.mouse.click(*point_at(page, alert_id))
     expect(page.get_by_test_id("panel")).to_have_attribute("data-alert", alert_id)
     page.keyboard.press("Escape")
     expect(row_of(page, alert_id)).to_be_visible()
