@@ -267,7 +267,7 @@ def _spawn(
         "aof-load-truncated": "yes",  # a crash may leave half a command; what follows from that is ours to notice
         "maxmemory": str(memory_bytes_max),
         "maxmemory-policy": "noeviction",
-        "disable-thp": "no",  # or the fork for a rewrite of the file stops the server for 17 ms a GB
+        "disable-thp": "no",  # or the fork for a rewrite of the file stops the server (docs/decisions/0016-memory.md)
         "enable-debug-command": "no",
         "loglevel": "notice",
         "always-show-logo": "no",
