@@ -68,17 +68,20 @@ def row_of(page: Page, alert_id: str) -> Locator:
 
 
 def point_at(page: Page, alert_id: str) -> tuple[float, float]:
-    """Move the mouse onto a mark as a person does, who follows if the page moves under it; where it is then."""
+    """Move the mouse onto a mark, and again only if the mark has another place on the page by then; where it is."""
     container = page.locator(".maplibregl-canvas-container")
-    for attempt in range(50):
+    at: tuple[float, float] | None = None
+    for _ in range(300):
         mark, box = mark_of(page, alert_id), page.locator(".map").bounding_box()
         assert box
-        x, y = box["x"] + mark["x"] + attempt % 2, box["y"] + mark["y"]
-        page.mouse.move(x, y)
+        place = box["x"] + mark["x"], box["y"] + mark["y"]
+        if place != at:
+            page.mouse.move(*place)
+            at = place
         page.wait_for_timeout(100)
         if container.evaluate("element => getComputedStyle(element).cursor") == "pointer":
-            return x, y
-    raise AssertionError(f"no pointer over the mark of {alert_id}")
+            return place
+    raise AssertionError(f"no pointer over the mark of {alert_id}, at {at}")
 
 
 def mark_of(page: Page, alert_id: str) -> dict[str, Any]:
