@@ -49,7 +49,7 @@ from geoindex.cell_kernels import (
     ZONE_RESOLUTION,
     CellTables,
 )
-from geoindex.columns import F64, I32, LAT_E7_MAX, LNG_E7_MAX, U8, U16, U32, U64, Bool
+from geoindex.columns import F64, I32, LAT_E7_MAX, LNG_E7_MAX, U8, U32, U64, Bool
 
 __all__ = [
     "CELLS_PER_ZONE",
@@ -83,7 +83,8 @@ def cells_of(lat_e7: I32, lng_e7: I32) -> U32:
     if lat_e7.shape != lng_e7.shape:
         raise ValueError(f"lat_e7 and lng_e7 must have one length, got {len(lat_e7)} and {len(lng_e7)}")
     cell = np.empty(len(lat_e7), dtype=np.uint32)
-    cell_kernels.locate_points(np.ascontiguousarray(lat_e7), np.ascontiguousarray(lng_e7), cell_tables(), cell)
+    points = cell_kernels.point_block()
+    cell_kernels.locate_points(np.ascontiguousarray(lat_e7), np.ascontiguousarray(lng_e7), cell_tables(), points, cell)
     return cell
 
 
@@ -183,17 +184,6 @@ DELETED_DIGIT = 1
 FACTOR_ODD, FACTOR_EVEN = 2 - W, 3 + W
 
 
-def _parent(a: int, b: int, resolution: int) -> tuple[int, int, int]:
-    """Lattice point of `resolution` -> lattice point of its parent, and its digit: the slow, obvious form."""
-    if resolution % 2:
-        up_a, up_b = (3 * a - b + 3) // 7, (a + 2 * b + 3) // 7
-        unit = (a - (2 * up_a + up_b), b - (3 * up_b - up_a))
-    else:
-        up_a, up_b = (2 * a + b + 3) // 7, (3 * b - a + 3) // 7
-        unit = (a - (3 * up_a - up_b), b - (up_a + 2 * up_b))
-    return up_a, up_b, DIGIT_OF_UNIT[unit]
-
-
 def _turn(digit: int, turns: int) -> int:
     for _ in range(turns):
         digit = DIGIT_TURNED[digit]
@@ -209,7 +199,6 @@ def _vector(lat: float, lng: float) -> F64:
 def cell_tables() -> CellTables:
     """The tables of the kernels, derived on first use. Shared: read-only."""
     planes, neighbours, axes = _faces()
-    pairs, turned = _digit_tables()
     pentagon = np.zeros(BASE_CELL_COUNT, dtype=np.uint8)
     pentagon[[h3.get_base_cell_number(cell) for cell in h3.get_pentagons(0)]] = 1
     sines = np.empty(2 * SINE_COUNT)
@@ -219,9 +208,8 @@ def cell_tables() -> CellTables:
         planes=planes.reshape(-1),
         neighbours=neighbours.reshape(-1),
         face_hint=_face_hint(planes),
-        canonical=np.zeros(FACE_COUNT * POSITION_COUNT * 8, dtype=np.uint16),
-        pairs=pairs,
-        turned=turned,
+        canonical=np.zeros(FACE_COUNT * POSITION_COUNT * 8, dtype=np.uint32),
+        turns=np.array([_turns(count) for count in range(6)], dtype=np.uint32),
         home=np.full((BASE_CELL_COUNT, 7, CANDIDATE_COUNT, 4), -1, dtype=np.int8),
         pentagon=pentagon,
     )
@@ -280,17 +268,9 @@ def _face_hint(planes: F64) -> U8:
     return nearest.reshape(-1)
 
 
-def _digit_tables() -> tuple[U16, U8]:
-    pairs = np.zeros(49, dtype=np.uint16)
-    for a, b in product(range(7), range(7)):
-        middle_a, middle_b, low = _parent(a, b, 2)
-        up_a, up_b, high = _parent(middle_a, middle_b, 1)
-        assert up_a + 1 in range(4) and up_b + 1 in range(4)
-        pairs[a * 7 + b] = (high * 7 + low) | (up_a + 1) << 6 | (up_b + 1) << 8
-    turned = np.zeros(6 * 49, dtype=np.uint8)
-    for turns, high, low in product(range(6), range(7), range(7)):
-        turned[turns * 49 + high * 7 + low] = _turn(high, turns) * 7 + _turn(low, turns)
-    return pairs, turned
+def _turns(count: int) -> int:
+    """Every digit after so many turns, digit d's at 3 d bits."""
+    return sum(_turn(digit, count) << 3 * digit for digit in range(7))
 
 
 def _sample_face() -> C128:
@@ -308,7 +288,7 @@ def _sample_face() -> C128:
     return np.concatenate([edges * (1 - 1e-6), inside])
 
 
-def _learn(tables: CellTables, axes: C128) -> tuple[U16, npt.NDArray[np.int8]]:
+def _learn(tables: CellTables, axes: C128) -> tuple[U32, npt.NDArray[np.int8]]:
     """Ask the h3 library once for every (face, position, leading digit) a point can have: (`canonical`, `home`).
 
     All faces have one lattice, so one face's sample serves all. On a hexagon the turn is that of its base cell as a
@@ -320,7 +300,7 @@ def _learn(tables: CellTables, axes: C128) -> tuple[U16, npt.NDArray[np.int8]]:
     position = np.empty(len(sample), dtype=np.int32)
     leading = np.empty(len(sample), dtype=np.int32)
     depth = np.empty(len(sample))
-    cell_kernels.raw_positions(lattice.real + lattice_b / 2, lattice_b, tables, position, leading, depth)
+    cell_kernels.raw_positions(lattice.real + lattice_b / 2, lattice_b, position, leading, depth)
     # Of each combination, the point deepest inside its hexagon.
     witness = {(int(position[i]), int(leading[i])): int(i) for i in np.argsort(depth)}
     found: dict[tuple[int, int], dict[int, tuple[int, int]]] = {}
@@ -333,7 +313,7 @@ def _learn(tables: CellTables, axes: C128) -> tuple[U16, npt.NDArray[np.int8]]:
         found.setdefault((face, place), {})[raw] = base_cell, turns
 
     assert len(found) == FACE_COUNT * 16, f"a face meets 16 base cells, got {len(found)} in all"
-    canonical = np.zeros((FACE_COUNT, POSITION_COUNT, 8), dtype=np.uint16)
+    canonical = np.zeros((FACE_COUNT, POSITION_COUNT, 8), dtype=np.uint32)
     home = np.full((BASE_CELL_COUNT, 7, CANDIDATE_COUNT, 4), -1, dtype=np.int8)
     home_count = np.zeros((BASE_CELL_COUNT, 7), dtype=np.int64)
     for (face, place), answers in found.items():
@@ -346,7 +326,7 @@ def _learn(tables: CellTables, axes: C128) -> tuple[U16, npt.NDArray[np.int8]]:
             (turns,) = set(turn_of.values())
             leads = turn_of = dict.fromkeys(range(7), turns)
         for raw in range(7):
-            canonical[face, place, raw] = base_cell | turn_of.get(raw, 0) * 49 << 7
+            canonical[face, place, raw] = base_cell | _turns(turn_of.get(raw, 0)) << 7
         for raw, turns in leads.items():
             digit = _turn(raw, turns)
             home[base_cell, digit, home_count[base_cell, digit]] = face, place // 5 - 2, place % 5 - 2, turns

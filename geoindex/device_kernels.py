@@ -163,6 +163,22 @@ def candidate(index: U32, a: np.uint64) -> int:
 
 
 @inline_kernel
+def ask_for_candidates(index: U32, records: Records, a: np.uint64) -> None:
+    """Prefetch the records of all rows whose tag fits: what `find` will compare."""
+    slots = len(index)
+    line = home_slot(a, slots)
+    tag = tag_of(a)
+    while True:
+        lanes = lanes_equal(index, line, TAG_SHIFT, tag)
+        while lanes != 0:
+            prefetch(records, np.int64(index[at(line + lowest_bit(lanes))] & ROW_MASK) - 1)
+            lanes &= lanes - np.uint64(1)
+        if lanes_equal(index, line, 0, 0) != 0:
+            return
+        line = next_line(line, slots)
+
+
+@inline_kernel
 def place(index: U32, a: np.uint64, row: int) -> None:
     """Write the index entry of a row that is not in it. There is always an empty slot."""
     slots = len(index)

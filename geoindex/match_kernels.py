@@ -22,13 +22,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from geoindex.cell_kernels import EARTH_RADIUS_M, CellTables, at, locate, ring_clearance_m, unit_vector_e7
-from geoindex.columns import F64, I32, I64, U8, U16, U32, U64
+from geoindex.cell_kernels import (
+    BLOCK_POINTS,
+    CELL,
+    CLEARANCE_M,
+    EARTH_RADIUS_M,
+    LAT_E7,
+    LNG_E7,
+    CellTables,
+    PointBlock,
+    X,
+    Y,
+    Z,
+    at,
+    locate_block,
+    point_block,
+    ring_clearance_m,
+    unit_vector_e7,
+)
+from geoindex.columns import I32, I64, U8, U16, U32, U64
 from geoindex.device_kernels import (
     LOCATED,
     NO_CELL,
     NO_TIME,
     DeviceColumns,
+    ask_for_candidates,
     candidate,
     copy_id_of,
     find,
@@ -50,12 +68,15 @@ POLE_COSINE = 1e-12
 CELLS_PER_ZONE = 49
 BLOCK_PINGS = 64
 """Pings that go through a step together: what they need of memory is asked for in a loop that does nothing else."""
+IDS_AHEAD_PINGS = 2 * BLOCK_PINGS
+"""Ids are asked for so long before they are hashed: they come from memory, and the processor alone asks too late."""
+LINE_BYTES = 64
 RING_PINGS = 256
 """Of the ring that notes hashes and guesses: a power of two that holds three blocks."""
 RING_MASK = RING_PINGS - 1
 SCAN_ROWS = 1024
 """Of a scan, taken together."""
-SLOW_PINGS = 64
+SLOW_PINGS = BLOCK_POINTS
 """Looked at closely together, so that what they need overlaps."""
 
 # Indices into the counts of `apply_pings`.
@@ -94,8 +115,7 @@ class PingScratch(NamedTuple):
     guess: I64
     slow_ping: I64
     slow_row: I64
-    slow_cell: I64
-    slow_vector: F64
+    slow_place: PointBlock
 
 
 def ping_scratch() -> PingScratch:
@@ -106,8 +126,7 @@ def ping_scratch() -> PingScratch:
         guess=np.empty(RING_PINGS, np.int64),
         slow_ping=np.empty(SLOW_PINGS, np.int64),
         slow_row=np.empty(SLOW_PINGS, np.int64),
-        slow_cell=np.empty(SLOW_PINGS, np.int64),
-        slow_vector=np.empty((SLOW_PINGS, 4), np.float64),
+        slow_place=point_block(),
     )
 
 
@@ -125,20 +144,22 @@ def settle(
     table: DeviceColumns,
     alerts: AlertColumns,
     row: int,
-    cell: int,
-    x: float,
-    y: float,
-    z: float,
-    clearance_m: float,
+    points: PointBlock,
+    place: int,
     hit_row: U32,
     hit_slot: U32,
     hits: int,
 ) -> int:
     """Look closely at a device: its cell, every ring it meets (appended as hits), a new stay box.
 
-    cell, (x, y, z), clearance_m: of the device's location, by `locate`. Returns the new number of hits; each marks the
+    points, place: which of the located points is the device's location. Returns the new number of hits; each marks the
     device as told.
     """
+    cell = points.whole[at(CELL + place)]
+    x = points.real[at(X + place)]
+    y = points.real[at(Y + place)]
+    z = points.real[at(Z + place)]
+    clearance_m = points.real[at(CLEARANCE_M + place)]
     record = table.records[row]
     if table.cell[row] != cell:
         table.cell[row] = cell
@@ -166,8 +187,8 @@ def settle(
                     hit_row[hits] = row
                     hit_slot[hits] = word * 64 + bit
                     hits += 1
-    record.anchor_lat_e7 = record.lat_e7
-    record.anchor_lng_e7 = record.lng_e7
+    record.anchor_lat_e7 = points.whole[at(LAT_E7 + place)]
+    record.anchor_lng_e7 = points.whole[at(LNG_E7 + place)]
     stay_lat = clearance_m * (ROOT_HALF / STAY_UNIT_M)
     stay_lng = stay_lat / (math.sqrt(x * x + y * y) + clearance_m * (1.0 / EARTH_RADIUS_M) + POLE_COSINE)
     record.stay_lat = np.uint16(min(stay_lat, STAY_MAX))
@@ -216,30 +237,18 @@ def look_closely(
     hits: int,
 ) -> int:
     """Place and settle the `slow` pings that wait in `scratch`, in order. Returns the new number of hits."""
-    slow_cell = scratch.slow_cell
-    slow_vector = scratch.slow_vector
+    slow_row = scratch.slow_row
+    points = scratch.slow_place
     zone_row = alerts.zone_row
     records = table.records
     for place in range(slow):
-        if scratch.slow_row[at(place)] >= 0:
-            prefetch(table.cell, scratch.slow_row[at(place)])
-            prefetch(table.told, scratch.slow_row[at(place)])
-    # Where are they? Nothing here depends on the ping before, so the arithmetic of several overlaps.
-    for place in range(slow):
-        ping = at(scratch.slow_ping[at(place)])
-        cell, x, y, z, clearance_m = locate(lat_e7[ping], lng_e7[ping], tables)
-        slow_cell[at(place)] = cell
-        slow_vector[at(place), 0] = x
-        slow_vector[at(place), 1] = y
-        slow_vector[at(place), 2] = z
-        slow_vector[at(place), 3] = clearance_m
-    for place in range(slow):
-        prefetch(zone_row, slow_cell[at(place)] // CELLS_PER_ZONE)
-    for place in range(slow):
-        prefetch(alerts.zone_mask, zone_row[at(slow_cell[at(place)] // CELLS_PER_ZONE)])
+        if slow_row[at(place)] >= 0:
+            prefetch(table.cell, slow_row[at(place)])
+            prefetch(table.told, slow_row[at(place)])
+    # Where is each device then? Where its ping says, or, if that was late, where it was.
     for place in range(slow):
         ping = scratch.slow_ping[at(place)]
-        row = scratch.slow_row[at(place)]
+        row = slow_row[at(place)]
         if row < 0:
             # A device that was unknown when its ping was compared; by now an earlier ping may have made it known.
             start = np.int64(id_end[ping - 1]) if ping > 0 else np.int64(0)
@@ -248,20 +257,21 @@ def look_closely(
             row = find(table.index, records, a, b)
             if row < 0:
                 row = insert(table, a, b, partner[ping], id_bytes, start, end)
+            slow_row[at(place)] = row
         place_ping(table, row, observed_at_ms[ping], lat_e7[ping], lng_e7[ping])
         record = records[at(row)]
         record.waiting = 0
-        cell = slow_cell[at(place)]
-        x = slow_vector[at(place), 0]
-        y = slow_vector[at(place), 1]
-        z = slow_vector[at(place), 2]
-        clearance_m = slow_vector[at(place), 3]
-        if record.lat_e7 != lat_e7[ping] or record.lng_e7 != lng_e7[ping]:
-            # A late ping: the device is where it was.
-            cell, x, y, z, clearance_m = locate(record.lat_e7, record.lng_e7, tables)
-        found = settle(table, alerts, row, cell, x, y, z, clearance_m, hit_row, hit_slot, hits)
+        points.whole[at(LAT_E7 + place)] = record.lat_e7
+        points.whole[at(LNG_E7 + place)] = record.lng_e7
+    locate_block(points, slow, tables)
+    for place in range(slow):
+        prefetch(zone_row, points.whole[at(CELL + place)] // CELLS_PER_ZONE)
+    for place in range(slow):
+        prefetch(alerts.zone_mask, zone_row[at(points.whole[at(CELL + place)] // CELLS_PER_ZONE)])
+    for place in range(slow):
+        found = settle(table, alerts, slow_row[at(place)], points, place, hit_row, hit_slot, hits)
         while hits < found:
-            hit_ping[hits] = ping
+            hit_ping[hits] = scratch.slow_ping[at(place)]
             hits += 1
     return hits
 
@@ -309,9 +319,24 @@ def apply_pings(
     slow = 0
     hash_start = np.int64(id_end[first - 1]) if first > 0 else np.int64(0)
     for block in range(first - 2 * BLOCK_PINGS, stop, BLOCK_PINGS):
-        # 1. Hash the ids of the block after the next, and ask for their index lines.
+        # 1. Compare the fingerprints of this block. Where a guess was wrong, ask for every record that may be right.
+        for ping in range(max(block, first), min(block + BLOCK_PINGS, stop)):
+            row = guess[at(ping & RING_MASK)]
+            if row >= 0:
+                a = fingerprint_a[at(ping & RING_MASK)]
+                b = fingerprint_b[at(ping & RING_MASK)]
+                if records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
+                    guess[at(ping & RING_MASK)] = -1
+                    ask_for_candidates(index, records, a)
+        # 2. Ask for the ids of a block that comes later; hash those of the block after the next, and ask for their
+        #    index lines.
         hash_first = block + 2 * BLOCK_PINGS
         hash_stop = min(hash_first + BLOCK_PINGS, stop)
+        ask_first = hash_first + IDS_AHEAD_PINGS
+        ask_stop = min(ask_first + BLOCK_PINGS, stop)
+        if ask_first < ask_stop:
+            for byte in range(np.int64(id_end[at(ask_first)]), np.int64(id_end[at(ask_stop - 1)]), LINE_BYTES):
+                prefetch(id_bytes, byte)
         for ping in range(hash_first, hash_stop):
             end = np.int64(id_end[at(ping)])
             a, b = hash_id(id_bytes, hash_start, end, partner[at(ping)], secrets)
@@ -320,7 +345,7 @@ def apply_pings(
             hash_start = end
         for ping in range(hash_first, hash_stop):
             prefetch(index, home_slot(fingerprint_a[at(ping & RING_MASK)], len(index)))
-        # 2. Guess the rows of the next block, and ask for their records.
+        # 3. Guess the rows of the next block, and ask for their records.
         guess_first = max(block + BLOCK_PINGS, first)
         guess_stop = min(block + 2 * BLOCK_PINGS, stop)
         for ping in range(guess_first, guess_stop):
@@ -328,7 +353,7 @@ def apply_pings(
         for ping in range(guess_first, guess_stop):
             if guess[at(ping & RING_MASK)] >= 0:
                 prefetch(records, guess[at(ping & RING_MASK)])
-        # 3. Compare those of this block. A ping that stays in its box is done here; the others, with all later ones of
+        # 4. The pings of this block. One that stays in its box is done here; the others, with all later ones of
         #    their devices, wait for a close look, in order.
         for ping in range(max(block, first), min(block + BLOCK_PINGS, stop)):
             if slow == 0 and hits + SLOW_PINGS * slots > len(hit_row):
@@ -342,11 +367,9 @@ def apply_pings(
             if observed < now_ms - live_window_ms:
                 counts[TOO_OLD] += 1
                 continue
-            a = fingerprint_a[at(ping & RING_MASK)]
-            b = fingerprint_b[at(ping & RING_MASK)]
             row = guess[at(ping & RING_MASK)]
-            if row < 0 or records[at(row)].fingerprint_a != a or records[at(row)].fingerprint_b != b:
-                row = find(index, records, a, b)
+            if row < 0:
+                row = find(index, records, fingerprint_a[at(ping & RING_MASK)], fingerprint_b[at(ping & RING_MASK)])
             counts[ACCEPTED] += 1
             counts[at(PING_COUNTS + partner[at(ping)])] += 1
             if row >= 0:

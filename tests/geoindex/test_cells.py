@@ -13,6 +13,7 @@ from h3ronpy import change_resolution
 from h3ronpy.vector import cells_to_coordinates, coordinates_to_cells
 
 from geoindex import cell_kernels
+from geoindex.cell_kernels import BLOCK_POINTS
 from geoindex.cells import (
     CELL_INDEX_COUNT,
     ZONE_INDEX_COUNT,
@@ -23,6 +24,7 @@ from geoindex.cells import (
     zones_to_h3,
 )
 from geoindex.columns import F64, I32, U32, U64
+from geoindex.numba_typing import kernel
 
 RADIUS_M = 6_371_008.8
 CHUNK = 1_000_000
@@ -266,10 +268,20 @@ def test_coordinates_out_of_range_are_refused() -> None:
 # ---------------------------------------------------------------- locate
 
 
-def _locate(lat_e7: I32, lng_e7: I32) -> tuple[U32, F64, F64]:
+def _locate(lat_e7: I32, lng_e7: I32, at_once: int = BLOCK_POINTS) -> tuple[U32, F64, F64]:
     rows = len(lat_e7)
     cell, vector, clearance_m = np.empty(rows, np.uint32), np.empty((rows, 3)), np.empty(rows)
-    cell_kernels.locate_points_fully(lat_e7, lng_e7, cell_tables(), cell, vector, clearance_m)
+    points = cell_kernels.point_block()
+    real, whole = points.real.reshape(-1, BLOCK_POINTS), points.whole.reshape(-1, BLOCK_POINTS)
+    for start in range(0, rows, at_once):
+        count = min(at_once, rows - start)
+        these = slice(start, start + count)
+        whole[cell_kernels.LAT_E7 // BLOCK_POINTS, :count] = lat_e7[these]
+        whole[cell_kernels.LNG_E7 // BLOCK_POINTS, :count] = lng_e7[these]
+        cell_kernels.locate_block(points, count, cell_tables())
+        cell[these] = whole[cell_kernels.CELL // BLOCK_POINTS, :count]
+        vector[these] = real[cell_kernels.X // BLOCK_POINTS :][:3, :count].T
+        clearance_m[these] = real[cell_kernels.CLEARANCE_M // BLOCK_POINTS, :count]
     return cell, vector, clearance_m
 
 
@@ -317,6 +329,30 @@ def test_unit_vectors_are_right_to_the_last_bits() -> None:
         lat, lng = (np.radians(angle_e7.astype(np.longdouble) / 10_000_000) for angle_e7 in (lat_e7, lng_e7))
         exact = np.stack([np.cos(lat) * np.cos(lng), np.cos(lat) * np.sin(lng), np.sin(lat)], axis=-1)
         assert np.abs(_locate(lat_e7, lng_e7)[1] - exact).max() < 4e-16
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_point_is_located_the_same_whatever_stands_beside_it(region: str) -> None:
+    ((lat_e7, lng_e7),) = _chunks(region, 1, rows=4000)
+    together = _locate(lat_e7, lng_e7)
+    for at_once in (1, 7, BLOCK_POINTS - 1):
+        alone = _locate(lat_e7, lng_e7, at_once)
+        assert all(np.array_equal(alone[column], together[column]) for column in range(3))
+
+
+@kernel
+def _unit_vectors(lat_e7: I32, lng_e7: I32, tables: cell_kernels.CellTables, vector: F64) -> None:
+    for row in range(len(lat_e7)):
+        vector[row, 0], vector[row, 1], vector[row, 2] = cell_kernels.unit_vector_e7(lat_e7[row], lng_e7[row], tables)
+
+
+def test_pings_and_scans_measure_from_the_same_unit_vector() -> None:
+    """Bit for bit: a phone on a ring's edge is inside for both or for neither."""
+    for region in REGIONS:
+        ((lat_e7, lng_e7),) = _chunks(region, 1, rows=20_000)
+        vector = np.empty((len(lat_e7), 3))
+        _unit_vectors(lat_e7, lng_e7, cell_tables(), vector)
+        assert np.array_equal(_locate(lat_e7, lng_e7)[1], vector)
 
 
 def test_tables_cannot_be_changed_and_are_derived_once() -> None:
