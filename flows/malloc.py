@@ -35,3 +35,9 @@ def keep_freed_memory() -> None:
     for name, (parameter, size) in _SETTINGS.items():
         if name not in os.environ:
             libc.mallopt(parameter, size)
+
+
+def give_back_freed_memory() -> None:
+    """Have this process give what it freed back to the kernel, once: what is resident then is in use."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

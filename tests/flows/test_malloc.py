@@ -51,3 +51,30 @@ def test_freed_memory_is_kept_and_taken_again_without_page_faults() -> None:
 
 def test_what_the_environment_says_stays() -> None:
     assert faults_of("kept", MALLOC_TRIM_THRESHOLD_=str(128 << 10), MALLOC_TOP_PAD_="0") > 1_000
+
+
+GIVEN_BACK = """
+import os
+import numpy as np
+from flows.malloc import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+
+keep_freed_memory()
+before = resident()
+columns = [np.ones(1 << 20, np.uint8) for _ in range(200)]
+del columns
+print(resident() - before)
+give_back_freed_memory()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="there is no /proc here")
+def test_what_was_kept_is_given_back_when_asked() -> None:
+    ran = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    kept_mib, left_mib = map(int, ran.stdout.split())
+    assert kept_mib > 150
+    assert left_mib < 20
