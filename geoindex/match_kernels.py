@@ -40,7 +40,7 @@ from geoindex.cell_kernels import (
     ring_clearance_m,
     unit_vector_e7,
 )
-from geoindex.columns import I32, I64, U8, U16, U32, U64
+from geoindex.columns import F64, I32, I64, U8, U16, U32, U64
 from geoindex.device_kernels import (
     LOCATED,
     NO_CELL,
@@ -116,6 +116,8 @@ class PingScratch(NamedTuple):
     slow_ping: I64
     slow_row: I64
     slow_place: PointBlock
+    stay_lat: F64
+    stay_lng: F64
 
 
 def ping_scratch() -> PingScratch:
@@ -127,6 +129,8 @@ def ping_scratch() -> PingScratch:
         slow_ping=np.empty(SLOW_PINGS, np.int64),
         slow_row=np.empty(SLOW_PINGS, np.int64),
         slow_place=point_block(),
+        stay_lat=np.empty(SLOW_PINGS),
+        stay_lng=np.empty(SLOW_PINGS),
     )
 
 
@@ -140,7 +144,7 @@ def chord2(x: float, y: float, z: float, centre: Any, slot: int) -> float:
 
 
 @inline_kernel
-def settle(
+def meet_rings(
     table: DeviceColumns,
     alerts: AlertColumns,
     row: int,
@@ -150,50 +154,58 @@ def settle(
     hit_slot: U32,
     hits: int,
 ) -> int:
-    """Look closely at a device: its cell, every ring it meets (appended as hits), a new stay box.
+    """Every ring that a device meets for the first time, appended as hits; each marks the device as told.
 
-    points, place: which of the located points is the device's location. Returns the new number of hits; each marks the
-    device as told.
+    points, place: which of the located points is the device's location. Its clearance becomes that of the rings as
+    well, of which it was not told. Returns the new number of hits.
     """
     cell = points.whole[at(CELL + place)]
-    x = points.real[at(X + place)]
-    y = points.real[at(Y + place)]
-    z = points.real[at(Z + place)]
-    clearance_m = points.real[at(CLEARANCE_M + place)]
-    record = table.records[row]
     if table.cell[row] != cell:
         table.cell[row] = cell
     mask_row = alerts.zone_row[cell // CELLS_PER_ZONE]
-    if mask_row != 0:
-        for word in range(alerts.zone_mask.shape[2]):
-            open_to = alerts.audience[record.partner, word] & ~table.told[row, word]
-            told = alerts.zone_mask[mask_row, 0, word] & open_to
-            rest = alerts.zone_mask[mask_row, 1, word] & open_to
-            while rest != 0:
-                bit = lowest_bit(rest)
-                mask = np.uint64(1) << np.uint64(bit)
-                rest ^= mask
-                slot = word * 64 + bit
-                distance2 = chord2(x, y, z, alerts.centre, slot)
-                if distance2 <= alerts.chord2_max[slot]:
-                    told |= mask
-                else:
-                    clearance_m = min(clearance_m, ring_clearance_m(distance2, alerts.chord2_max[slot]))
-            if told != 0:
-                table.told[row, word] |= told
-                while told != 0:
-                    bit = lowest_bit(told)
-                    told ^= np.uint64(1) << np.uint64(bit)
-                    hit_row[hits] = row
-                    hit_slot[hits] = word * 64 + bit
-                    hits += 1
-    record.anchor_lat_e7 = points.whole[at(LAT_E7 + place)]
-    record.anchor_lng_e7 = points.whole[at(LNG_E7 + place)]
-    stay_lat = clearance_m * (ROOT_HALF / STAY_UNIT_M)
-    stay_lng = stay_lat / (math.sqrt(x * x + y * y) + clearance_m * (1.0 / EARTH_RADIUS_M) + POLE_COSINE)
-    record.stay_lat = np.uint16(min(stay_lat, STAY_MAX))
-    record.stay_lng = np.uint16(min(stay_lng, STAY_MAX))
+    if mask_row == 0:
+        return hits
+    partner = table.records[row].partner
+    for word in range(alerts.zone_mask.shape[2]):
+        open_to = alerts.audience[partner, word] & ~table.told[row, word]
+        told = alerts.zone_mask[mask_row, 0, word] & open_to
+        rest = alerts.zone_mask[mask_row, 1, word] & open_to
+        while rest != 0:
+            bit = lowest_bit(rest)
+            mask = np.uint64(1) << np.uint64(bit)
+            rest ^= mask
+            slot = word * 64 + bit
+            distance2 = chord2(
+                points.real[at(X + place)], points.real[at(Y + place)], points.real[at(Z + place)], alerts.centre, slot
+            )
+            if distance2 <= alerts.chord2_max[slot]:
+                told |= mask
+            else:
+                points.real[at(CLEARANCE_M + place)] = min(
+                    points.real[at(CLEARANCE_M + place)], ring_clearance_m(distance2, alerts.chord2_max[slot])
+                )
+        if told != 0:
+            table.told[row, word] |= told
+            while told != 0:
+                bit = lowest_bit(told)
+                told ^= np.uint64(1) << np.uint64(bit)
+                hit_row[hits] = row
+                hit_slot[hits] = word * 64 + bit
+                hits += 1
     return hits
+
+
+@lean_kernel
+def find_stay_boxes(points: PointBlock, stay_lat: F64, stay_lng: F64) -> None:
+    """Half the sides of the stay boxes of all points, in units of 16e-7 degree, at most `STAY_MAX`."""
+    real = points.real
+    for place in range(SLOW_PINGS):
+        x, y = real[at(X + place)], real[at(Y + place)]
+        clearance_m = real[at(CLEARANCE_M + place)]
+        lat = clearance_m * (ROOT_HALF / STAY_UNIT_M)
+        lng = lat / (math.sqrt(x * x + y * y) + clearance_m * (1.0 / EARTH_RADIUS_M) + POLE_COSINE)
+        stay_lat[at(place)] = min(lat, STAY_MAX)
+        stay_lng[at(place)] = min(lng, STAY_MAX)
 
 
 @inline_kernel
@@ -269,11 +281,26 @@ def look_closely(
     for place in range(slow):
         prefetch(alerts.zone_mask, zone_row[at(points.whole[at(CELL + place)] // CELLS_PER_ZONE)])
     for place in range(slow):
-        found = settle(table, alerts, slow_row[at(place)], points, place, hit_row, hit_slot, hits)
+        found = meet_rings(table, alerts, slow_row[at(place)], points, place, hit_row, hit_slot, hits)
         while hits < found:
             hit_ping[hits] = scratch.slow_ping[at(place)]
             hits += 1
+    find_stay_boxes(points, scratch.stay_lat, scratch.stay_lng)
+    for place in range(slow):
+        record = records[at(slow_row[at(place)])]
+        record.anchor_lat_e7 = points.whole[at(LAT_E7 + place)]
+        record.anchor_lng_e7 = points.whole[at(LNG_E7 + place)]
+        record.stay_lat = np.uint16(scratch.stay_lat[at(place)])
+        record.stay_lng = np.uint16(scratch.stay_lng[at(place)])
     return hits
+
+
+@inline_kernel
+def _counted(counts: I64, hits: int, first: int, stop: int, refused_before: int) -> int:
+    """The counts of pings `first` to `stop`, which are done: what was not refused was accepted. Returns `stop`."""
+    counts[HITS] = hits
+    counts[ACCEPTED] += stop - first - (counts[FROM_THE_FUTURE] + counts[TOO_OLD] - refused_before)
+    return stop
 
 
 @lean_kernel
@@ -304,6 +331,7 @@ def apply_pings(
 
     at_ms, at_step: the shard clock of ping i is `at_ms[i * at_step]`. No alert event, growth or sweep is due within.
     hit_row, hit_slot, hit_ping: matches, in order: device row, alert slot, position of the ping; counts[HITS] of them.
+    There must be room for SLOW_PINGS pings that meet every alert, besides the counts[HITS] that are there already.
     counts: i64[PING_COUNTS + partners], added to; the last ones: accepted, by partner.
     Returns the position of the first ping not applied.
     """
@@ -316,6 +344,7 @@ def apply_pings(
     slow_row = scratch.slow_row
     index = table.index
     records = table.records
+    refused = counts[FROM_THE_FUTURE] + counts[TOO_OLD]
     slow = 0
     hash_start = np.int64(id_end[first - 1]) if first > 0 else np.int64(0)
     for block in range(first - 2 * BLOCK_PINGS, stop, BLOCK_PINGS):
@@ -356,9 +385,6 @@ def apply_pings(
         # 4. The pings of this block. One that stays in its box is done here; the others, with all later ones of
         #    their devices, wait for a close look, in order.
         for ping in range(max(block, first), min(block + BLOCK_PINGS, stop)):
-            if slow == 0 and hits + SLOW_PINGS * slots > len(hit_row):
-                counts[HITS] = hits
-                return ping
             now_ms = at_ms[at(ping * at_step)]
             observed = observed_at_ms[at(ping)]
             if observed > now_ms + future_tolerance_ms:
@@ -367,11 +393,10 @@ def apply_pings(
             if observed < now_ms - live_window_ms:
                 counts[TOO_OLD] += 1
                 continue
+            counts[at(PING_COUNTS + partner[at(ping)])] += 1
             row = guess[at(ping & RING_MASK)]
             if row < 0:
                 row = find(index, records, fingerprint_a[at(ping & RING_MASK)], fingerprint_b[at(ping & RING_MASK)])
-            counts[ACCEPTED] += 1
-            counts[at(PING_COUNTS + partner[at(ping)])] += 1
             if row >= 0:
                 record = records[at(row)]
                 if record.waiting == 0:
@@ -395,13 +420,14 @@ def apply_pings(
                 )  # fmt: skip
                 counts[SLOW] += slow
                 slow = 0
+                if hits + SLOW_PINGS * slots > len(hit_row):
+                    return _counted(counts, hits, first, ping + 1, refused)
     hits = look_closely(
         table, alerts, tables, secrets, partner, id_bytes, id_end, lat_e7, lng_e7, observed_at_ms,
         scratch, slow, hit_row, hit_slot, hit_ping, hits,
     )  # fmt: skip
     counts[SLOW] += slow
-    counts[HITS] = hits
-    return stop
+    return _counted(counts, hits, first, stop, refused)
 
 
 @lean_kernel

@@ -11,7 +11,7 @@ from geoindex import shard, shares
 from geoindex.entries import Alert, AlertClose, AlertRevision, Settings, Tick
 from geoindex.match_kernels import BLOCK_PINGS, SCAN_ROWS
 from geoindex.shard import SettingsRefused, ShardMachine
-from tests.geoindex.machines import run_machines
+from tests.geoindex.machines import batch_of, run_machines
 from tests.reference.events import Log, PingEvent
 from tests.reference.generator import HORIZONS_MS, generate_log, logs
 from tests.reference.matcher import by_device_and_alert, run_reference
@@ -116,6 +116,41 @@ def test_a_batch_of_any_number_of_blocks_gives_what_the_reference_gives(batch_pi
     expected = run_reference(log).pushes
     assert len(expected) > BLOCK_PINGS
     assert by_device_and_alert(pushes) == by_device_and_alert(expected)
+
+
+def test_a_batch_with_more_hits_than_there_is_room_for_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One ping in five is refused: what was accepted is counted part by part."""
+    monkeypatch.setattr(shard, "HITS_MIN", 1)
+    settings = Settings(shard_count=1, partners=("amap", "wechat"))
+    alerts = [
+        Alert(f"alert-{number}", 1, 30.6, 104.0, NOW_MS, ((None, 100.0),), NOW_MS + 24 * HOUR_MS)
+        for number in range(100)
+    ]
+    pings = [
+        PingEvent(
+            settings.partners[number % 2],
+            f"phone-{number:04}",
+            30_6000000 + number,
+            104_0000000,
+            NOW_MS - (7 * HOUR_MS if number % 10 == 3 else 0) + (HOUR_MS if number % 10 == 7 else 0),
+        )
+        for number in range(600)
+    ]
+    published = [(NOW_MS, AlertRevision("publish", alert, (2, number))) for number, alert in enumerate(alerts)]
+    log = Log(settings, (*published, *((NOW_MS + 1, ping) for ping in pings)))
+
+    machine = ShardMachine()
+    machine.apply(0, settings)
+    for at_ms, event in published:
+        machine.apply(at_ms, event)
+    caused = machine.apply(NOW_MS + 1, batch_of(pings, settings.partners))
+
+    assert len(caused.segments) > 2, "a batch whose hits fit tests nothing"
+    assert caused.device_count == 480 * 100
+    assert machine.counters.pings_accepted == machine.accepted_by_partner.sum() == 480
+    assert machine.counters.pings_refused == {"from_the_future": 60, "too_old": 60}
+    pushes = run_machines(settings, log.events, cut=lambda: False)
+    assert by_device_and_alert(pushes) == by_device_and_alert(run_reference(log).pushes)
 
 
 def test_a_table_of_several_blocks_gives_what_the_reference_gives() -> None:
