@@ -341,6 +341,7 @@ def test_a_full_buffer_raises_or_blocks_as_was_asked_for() -> None:
         held.set()
         adding.join(PATIENCE_S)
         assert blocking.flush(PATIENCE_S)
+        assert raising.flush(PATIENCE_S)
         assert (blocking.accepted, raising.accepted) == (10, 4)
 
 
