@@ -20,7 +20,7 @@ https://h3geo.org/docs/core-library/h3Indexing, in our own arithmetic; `cells.ce
 Cells of one resolution are numbered densely: `base cell * 7^resolution + digits in base 7`. All integers are int64
 inside (Numba turns mixed signs into floats).
 
-*Measured* (one core of an AMD EPYC, Zen 5, AVX-512, random points in China): 13 ns a point, 34 one by one; the h3
+*Measured* (one core of an AMD EPYC, Zen 5, AVX-512, random points in China): 14.5 ns a point, 34 one by one; the h3
 library's scalar call 630 ns, h3ronpy 290-350 ns (Zen 4).
 """
 
@@ -175,14 +175,19 @@ def turned_by(sine: float, cosine: float, x: float) -> tuple[float, float]:
 
 
 @inline_kernel
-def sin_cos_e7(angle_e7: int, sines: F64) -> tuple[float, float]:
-    """Sine and cosine of an angle in 1e-7 degree, |angle| <= 2^31, to about 1 ulp.
+def nearest_sine(angle_e7: int) -> tuple[int, int]:
+    """Number of the nearest angle in the table of sines, and what is left, in 1e-7 degree: exactly.
 
-    The nearest angle of the table is taken off as an integer, so exactly.
+    angle_e7: 1e-7 degree, |angle| <= 2^31.
     """
     raised = angle_e7 + SINE_RAISE
-    step = raised >> SINE_SHIFT
-    rest = (raised & SINE_MASK) - SINE_HALF
+    return raised >> SINE_SHIFT, (raised & SINE_MASK) - SINE_HALF
+
+
+@inline_kernel
+def sin_cos_e7(angle_e7: int, sines: F64) -> tuple[float, float]:
+    """Sine and cosine of an angle in 1e-7 degree, |angle| <= 2^31, to about 1 ulp."""
+    step, rest = nearest_sine(angle_e7)
     return turned_by(sines[at(2 * step)], sines[at(2 * step + 1)], rest * RADIANS_PER_E7)
 
 
@@ -340,16 +345,14 @@ def _look_up(points: PointBlock, count: int, tables: CellTables) -> int:
     for i in range(count):
         lat = whole[at(LAT_E7 + i)]
         lng = whole[at(LNG_E7 + i)]
-        lat_raised = lat + SINE_RAISE
-        lng_raised = lng + SINE_RAISE
-        lat_step = lat_raised >> SINE_SHIFT
-        lng_step = lng_raised >> SINE_SHIFT
+        lat_step, lat_rest = nearest_sine(lat)
+        lng_step, lng_rest = nearest_sine(lng)
         real[at(LAT_SINE + i)] = sines[at(2 * lat_step)]
         real[at(LAT_COSINE + i)] = sines[at(2 * lat_step + 1)]
-        real[at(LAT_REST + i)] = (lat_raised & SINE_MASK) - SINE_HALF
+        real[at(LAT_REST + i)] = lat_rest
         real[at(LNG_SINE + i)] = sines[at(2 * lng_step)]
         real[at(LNG_COSINE + i)] = sines[at(2 * lng_step + 1)]
-        real[at(LNG_REST + i)] = (lng_raised & SINE_MASK) - SINE_HALF
+        real[at(LNG_REST + i)] = lng_rest
         square = ((lat + 900_000_000) >> HINT_SHIFT) * HINT_COLUMNS + ((lng + 1_800_000_000) >> HINT_SHIFT)
         face = signed(tables.face_hint[at(square)])
         whole[at(FACE + i)] = face

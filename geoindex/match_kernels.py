@@ -25,6 +25,7 @@ import numpy as np
 from geoindex.cell_kernels import (
     BLOCK_POINTS,
     CELL,
+    CELLS_PER_ZONE,
     CLEARANCE_M,
     EARTH_RADIUS_M,
     LAT_E7,
@@ -65,7 +66,6 @@ STAY_UNIT_M = math.radians(STAY_UNIT_E7 * 1e-7) * EARTH_RADIUS_M
 ROOT_HALF = math.sqrt(0.5)
 POLE_COSINE = 1e-12
 """Keeps the division finite at the poles; a larger divisor makes a smaller box."""
-CELLS_PER_ZONE = 49
 BLOCK_PINGS = 64
 """Pings that go through a step together: what they need of memory is asked for in a loop that does nothing else."""
 IDS_AHEAD_PINGS = 2 * BLOCK_PINGS
