@@ -173,8 +173,6 @@ def check_coordinates(name: str, coordinate_e7: I32, limit_e7: int) -> None:
 # Lattice points are a + b w. A digit names the unit that leads from a parent's centre to a child's centre: H3's
 # digits are the bits of its axes i = 1 (4), j = w (2) and k = w^2 (1).
 W = complex(-0.5, math.sqrt(0.75))
-UNIT_OF_DIGIT = ((0, 0), (-1, -1), (0, 1), (-1, 0), (1, 0), (0, -1), (1, 1))
-DIGIT_OF_UNIT = {unit: digit for digit, unit in enumerate(UNIT_OF_DIGIT)}
 DIGIT_TURNED = (0, 5, 3, 1, 6, 4, 2)
 """Each digit after a turn by 60 degrees counterclockwise."""
 DELETED_DIGIT = 1
