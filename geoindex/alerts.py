@@ -1,16 +1,18 @@
 """Active alerts as a cover indexed by zone, so that a device's candidates cost one line, whatever their number.
 
     zone_row   u32[zones]           row of `zone_mask` for a zone, 0: no alert has covered it
-    zone_mask  u64[rows, 2, words]  bit a % 64 of word a // 64: alert slot a covers the zone, inside [0] / edge [1]
+    zone_mask  u64[rows, 2, room]   bit a % 64 of word a // 64: alert slot a covers the zone, inside [0] / edge [1]
     audience   u64[partners, words] bit a: alert a is for this partner
     centre     f64[slots, 3]        unit vector of the alert's location
     chord2_max f64[slots]           squared chord on the unit sphere at the ring's radius
 
-An *alert slot* is a bit position, given to an alert when it is published and freed when it is closed.
+An *alert slot* is a bit position, given to an alert when it is published and freed when it is closed. `words` are
+those that slots take; `zone_mask` has room for more, so that it is not copied for each of them.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +29,11 @@ from geoindex.snapshot import AlertState
 ZONE_COUNT = 122 * 7**5
 WORD_ALERTS = 64
 ROWS_MIN = 1024
+ALERTS_MAX = 1 << 16
+"""Slots of one shard: `match_kernels.group_hits` orders pushes by 16 bits of them."""
+WORDS_GROWTH = 1.25
+"""Room of `zone_mask` when it is full, in words, of what it had. A copy for each word cost a quarter of publishing
+5,000 alerts; room that no alert has taken costs every zone its bytes."""
 
 INSIDE, EDGE = 0, 1
 NEVER = np.iinfo(np.int64).max
@@ -42,7 +49,7 @@ class AlertColumns(NamedTuple):
     chord2_max: F64
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class OpenAlert:
     """An alert that has not been closed, and when something is next due for it."""
 
@@ -53,8 +60,13 @@ class OpenAlert:
     """None while expired: it matches nobody."""
     due_ms: int = NEVER
 
-    def schedule_next(self, now_ms: int) -> None:
-        """Set `due_ms` to the first moment after `now_ms` at which the ring grows, expires or closes by itself.
+    @property
+    def told_as(self) -> ToldAs:
+        """What a push says of it."""
+        return self.alert.alert_id, self.alert.revision, self.ring_km
+
+    def next_due_ms(self, now_ms: int) -> int:
+        """The first moment after `now_ms` at which the ring grows, expires or closes by itself.
 
         Expiry is due in the millisecond after `expires_at`, the last in which the alert still matches.
         """
@@ -64,7 +76,7 @@ class OpenAlert:
             moments.append(alert.expires_at_ms + 1)
             growths = growth_times_ms(alert.schedule, alert.missing_since_ms)
             moments += [time_ms for time_ms, _ in growths if now_ms < time_ms <= alert.expires_at_ms]
-        self.due_ms = min(moments)
+        return min(moments)
 
 
 class AlertIndex:
@@ -74,6 +86,8 @@ class AlertIndex:
         self.open: dict[str, OpenAlert] = {}
         self._partners: tuple[str, ...] = ()
         self._by_slot: list[OpenAlert | None] = [None] * WORD_ALERTS
+        self._due: list[tuple[int, int]] = []
+        """A heap of (due_ms, slot): of every open alert, and of moments that no alert waits for any more."""
         self._zone_rows_used = 1
         self.columns = AlertColumns(
             zone_row=np.zeros(ZONE_COUNT, np.uint32),
@@ -94,10 +108,7 @@ class AlertIndex:
 
     def told_as(self) -> tuple[ToldAs | None, ...]:
         """What a push says of its alert, by slot; None: the slot is free."""
-        return tuple(
-            None if opened is None else (opened.alert.alert_id, opened.alert.revision, opened.ring_km)
-            for opened in self._by_slot
-        )
+        return tuple(None if opened is None else opened.told_as for opened in self._by_slot)
 
     def set_partners(self, partners: tuple[str, ...]) -> None:
         """Take the settings' list of partners (it only ever grows) and resolve every audience anew."""
@@ -114,11 +125,12 @@ class AlertIndex:
             index._add_word()
         index.set_partners(partners)
         for state in alerts:
-            opened = OpenAlert(state.alert, state.slot, state.ring_km, due_ms=state.due_ms)
+            opened = OpenAlert(state.alert, state.slot, state.ring_km)
             assert index._by_slot[state.slot] is None, f"alert slot {state.slot} is taken"
             index._by_slot[state.slot] = opened
             index.open[state.alert.alert_id] = opened
             index._place(opened)
+            index._wait(opened, state.due_ms)
             if state.covered:
                 index._cover(opened)
         return index
@@ -131,8 +143,13 @@ class AlertIndex:
         )
 
     def add(self, alert: Alert, now_ms: int) -> OpenAlert:
-        """Give a slot to an alert that is not open yet. It covers nothing until `cover_ring`."""
+        """Give a slot to an alert that is not open yet. It covers nothing until `cover_ring`.
+
+        Raises MemoryError if `ALERTS_MAX` are open.
+        """
         if None not in self._by_slot:
+            if self.slot_count == ALERTS_MAX:
+                raise MemoryError(f"alerts: at most {ALERTS_MAX:,} open at once, got one more: {alert.alert_id!r}")
             self._add_word()
         slot = self._by_slot.index(None)
         opened = OpenAlert(alert, slot, radius_km(alert.schedule, now_ms - alert.missing_since_ms))
@@ -171,8 +188,27 @@ class AlertIndex:
         self._by_slot[opened.slot] = None
         del self.open[opened.alert.alert_id]
 
+    def schedule(self, opened: OpenAlert, now_ms: int) -> None:
+        """Have the alert wait for what is next due for it after `now_ms`."""
+        self._wait(opened, opened.next_due_ms(now_ms))
+
+    def _wait(self, opened: OpenAlert, due_ms: int) -> None:
+        opened.due_ms = due_ms
+        heapq.heappush(self._due, (due_ms, opened.slot))
+
+    def next_due(self) -> OpenAlert | None:
+        """The open alert for which something is due first; of several the one with the lowest slot."""
+        while self._due:
+            due_ms, slot = self._due[0]
+            opened = self._by_slot[slot]
+            if opened is not None and opened.due_ms == due_ms:
+                return opened
+            heapq.heappop(self._due)
+        return None
+
     def next_due_ms(self) -> int:
-        return min((opened.due_ms for opened in self.open.values()), default=NEVER)
+        opened = self.next_due()
+        return NEVER if opened is None else opened.due_ms
 
     def _place(self, opened: OpenAlert) -> None:
         self.columns.centre[opened.slot] = unit_vector(opened.alert.lat, opened.alert.lng)
@@ -202,7 +238,7 @@ class AlertIndex:
         """Columns with so many rows of `zone_mask`."""
         columns = self.columns
         if needed > len(columns.zone_mask):
-            grown = np.zeros((max(needed, 2 * len(columns.zone_mask)), 2, self.words), np.uint64)
+            grown = np.zeros((max(needed, 2 * len(columns.zone_mask)), *columns.zone_mask.shape[1:]), np.uint64)
             grown[: self._zone_rows_used] = columns.zone_mask[: self._zone_rows_used]
             self.columns = columns = columns._replace(zone_mask=grown)
         return columns
@@ -211,9 +247,15 @@ class AlertIndex:
         """Make bits for 64 more alerts."""
         columns = self.columns
         self._by_slot += [None] * WORD_ALERTS
+        zone_mask = columns.zone_mask
+        if self.words > zone_mask.shape[2]:
+            zone_mask = np.zeros((len(zone_mask), 2, max(self.words, int(self.words * WORDS_GROWTH))), np.uint64)
+            zone_mask[: self._zone_rows_used, :, : columns.zone_mask.shape[2]] = columns.zone_mask[
+                : self._zone_rows_used
+            ]
         self.columns = AlertColumns(
             zone_row=columns.zone_row,
-            zone_mask=np.concatenate([columns.zone_mask, np.zeros_like(columns.zone_mask[:, :, :1])], axis=2),
+            zone_mask=zone_mask,
             audience=np.concatenate([columns.audience, np.zeros_like(columns.audience[:, :1])], axis=1),
             centre=np.concatenate([columns.centre, np.zeros((WORD_ALERTS, 3))]),
             chord2_max=np.concatenate([columns.chord2_max, np.zeros(WORD_ALERTS)]),

@@ -166,7 +166,7 @@ def meet_rings(
     if mask_row == 0:
         return hits
     partner = table.records[row].partner
-    for word in range(alerts.zone_mask.shape[2]):
+    for word in range(alerts.audience.shape[1]):
         open_to = alerts.audience[partner, word] & ~table.told[row, word]
         told = alerts.zone_mask[mask_row, 0, word] & open_to
         rest = alerts.zone_mask[mask_row, 1, word] & open_to
@@ -336,7 +336,7 @@ def apply_pings(
     Returns the position of the first ping not applied.
     """
     hits = counts[HITS]
-    slots = alerts.zone_mask.shape[2] * 64
+    slots = alerts.audience.shape[1] * 64
     fingerprint_a = scratch.fingerprint_a
     fingerprint_b = scratch.fingerprint_b
     guess = scratch.guess

@@ -222,7 +222,8 @@ class ShardMachine:
     def _advance(self, at_ms: int) -> Iterator[Push]:
         """Run what is due up to `at_ms` (rule 11), then the minute's sweep, and set the clock."""
         while self._due_ms <= at_ms:
-            opened = min(self._alerts.open.values(), key=lambda opened: (opened.due_ms, opened.slot))
+            opened = self._alerts.next_due()
+            assert opened is not None, "an alert is due that is not open"
             self.clock_ms = max(self.clock_ms, opened.due_ms)
             yield from self._run_due(opened)
             self._due_ms = self._alerts.next_due_ms()
@@ -245,7 +246,7 @@ class ShardMachine:
         else:
             yield from self._close(opened, alert.revision)
             return
-        opened.schedule_next(self.clock_ms)
+        self._alerts.schedule(opened, self.clock_ms)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -303,7 +304,7 @@ class ShardMachine:
             yield from self._tell(opened, "update", alert.revision, self._devices.rows_told(opened.slot))
         if self.clock_ms <= alert.expires_at_ms:
             yield from self._meet_table(opened)
-        opened.schedule_next(self.clock_ms)
+        self._alerts.schedule(opened, self.clock_ms)
 
     def _apply_close(self, event: AlertClose) -> Iterator[Push]:
         opened = self._alerts.open.get(event.alert_id)

@@ -1,15 +1,17 @@
-"""A ring that grows over a large table, and what a large table does to the cost of a ping."""
+"""A ring that grows over a large table, and what a large table, or many open alerts, do to the cost of a ping."""
 
 from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from geoindex.columns import E7, F64, Pushes
 from geoindex.entries import DEFAULT_EXPIRY_MS, HOUR_MS, Alert, AlertRevision, Schedule, Tick
 from geoindex.shard import ShardMachine
+from loadtest.bench import open_alerts
 from loadtest.bench.brute_force import distance_km
 from loadtest.bench.inside import told_of
 from loadtest.bench.report import Report, Say
@@ -24,12 +26,25 @@ FIRST_KM = 100.0
 METRE_KM = 0.001
 STEP_S = 1.0
 """By the shard clock, between publish, the growth that is measured, and the one that finds nobody."""
+OPEN_PINGS_MAX = 60_000
+"""Pings of a repeat beside many open alerts, each of which brute force compares with all of them."""
 PLACES = ("Chengdu", "Zhengzhou", "Guangzhou")
 
 
-def measure(devices: int, repeats: int, pings_per_repeat: int, say: Say, alert_count: int = ALERT_COUNT) -> Report:
-    """Machines with 1, 10 and 100 % of the devices, one after the other; the ring grows in the last."""
+def measure(
+    devices: int,
+    repeats: int,
+    pings_per_repeat: int,
+    say: Say,
+    alert_count: int = ALERT_COUNT,
+    open_counts: Sequence[int] = open_alerts.COUNTS,
+) -> Report:
+    """Machines with 1, 10 and 100 % of the devices, one after the other; the ring grows in the last.
+
+    Before them small ones, with `open_counts` alerts open.
+    """
     report = Report("growth")
+    open_alerts.measure(report, devices, repeats, min(pings_per_repeat, OPEN_PINGS_MAX), say, open_counts)
     sizes = [devices // 100, devices // 10, devices]
     ns_per_ping: list[float] = []
     cpu_ns_per_ping: list[float] = []

@@ -27,6 +27,17 @@ def cells_of(machine: ShardMachine, rows: I64) -> U64:
     return cells_to_h3(np.ascontiguousarray(machine._devices.columns.cell[rows]))
 
 
+def cover_bytes(machine: ShardMachine) -> int:
+    """Memory of the open alerts' covers."""
+    columns = machine._alerts.columns
+    return int(columns.zone_row.nbytes + machine._alerts._zone_rows_used * columns.zone_mask[0].nbytes)
+
+
+def told_bytes(machine: ShardMachine) -> int:
+    """Memory of all devices' told bits."""
+    return int(machine._devices.columns_in_use()["told"].nbytes)
+
+
 def told_of(machine: ShardMachine, alerts: Sequence[ActiveAlert], rows: I64) -> PackedRows:
     """Which of the alerts each device was told, packed as in `brute_force`."""
     told = machine._devices.columns.told

@@ -291,7 +291,7 @@ _ENTRY_ID = re.compile(rb"\$\d+\r\n\d+-\d+\r\n(\$\d+\r\n(?:alert|update|resolved
 def _grows_late() -> list[Patch]:
     def advance(self: Any, at_ms: int) -> Iterator[Any]:
         while self._due_ms <= at_ms:
-            opened = min(self._alerts.open.values(), key=lambda opened: (opened.due_ms, opened.slot))
+            opened = self._alerts.next_due()
             self.clock_ms = at_ms
             yield from self._run_due(opened)
             self._due_ms = self._alerts.next_due_ms()

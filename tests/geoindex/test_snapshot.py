@@ -176,7 +176,7 @@ def test_every_attribute_is_either_state_or_made_anew() -> None:
     assert set(vars(DeviceTable())) == {"columns", "rows_max", "_told_words", "_wider_told"}
     saved = set(DeviceTable().columns_in_use())
     assert set(DeviceTable().columns._fields) - {"index", "counts"} == saved
-    assert set(vars(AlertIndex())) == {"open", "_partners", "_by_slot", "_zone_rows_used", "columns"}
+    assert set(vars(AlertIndex())) == {"open", "_partners", "_by_slot", "_due", "_zone_rows_used", "columns"}
 
 
 # ---- columns

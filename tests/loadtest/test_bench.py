@@ -30,7 +30,7 @@ KEYS = {
     "flow": {"pings_per_s", "bytes_per_ping", "prefill_pings", "prefill_bytes"},
     "sustained": {"pings_per_s", "seconds", "lag_p99_ms", "lag_max_ms"},
     "fanout": {"seconds", "ids_per_s"},
-    "growth": {"seconds", "scan_seconds", "cost_ratio", "sizes_devices"},
+    "growth": {"seconds", "scan_seconds", "cost_ratio", "sizes_devices", "alerts_open", "ns_per_ping_of_alerts"},
     "latency": {"p50_ms", "p99_ms", "pings_per_s"},
     "memory": {"bytes_per_device"},
     "checkpoint": {"write_seconds", "load_seconds", "stop_ms_max", "bytes_per_device"},

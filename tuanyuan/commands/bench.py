@@ -173,10 +173,16 @@ def _fanout(wanted: Wanted) -> Report:
 
 
 def _growth(wanted: Wanted) -> Report:
-    from loadtest.bench import growth
+    from loadtest.bench import growth, open_alerts
 
     pings = int(wanted.chosen(2 * MILLION, 60_000))
-    return growth.measure(wanted.size(100 * MILLION, 50_000), wanted.times(5, 2), pings, note)
+    return growth.measure(
+        wanted.size(100 * MILLION, 50_000),
+        wanted.times(5, 2),
+        pings,
+        note,
+        open_counts=open_alerts.SMOKE_COUNTS if wanted.smoke else open_alerts.COUNTS,
+    )
 
 
 def _latency(wanted: Wanted) -> Report:

@@ -42,7 +42,7 @@ def match(
     alerts: Annotated[Path, typer.Option(help="JSON lines of alert events: publish, update, close.")],
     out: Annotated[Path, typer.Option(help="Where the pushes go: JSON lines, sorted by `at`.")],
     live_window: Annotated[str, typer.Option(help="How long a location stays live.")] = "6h",
-    shards: Annotated[int, typer.Option(min=1, max=4096, help="Shards; changes nothing in the result.")] = 8,
+    shards: Annotated[int, typer.Option(min=1, max=4096, help="Shards; changes nothing in the result.")] = 1,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows read at a time; likewise.")] = CHUNK_ROWS,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if anything was set aside.")] = False,
 ) -> None:
